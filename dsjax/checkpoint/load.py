@@ -1,0 +1,192 @@
+"""Bytes on disk -> arrays on devices, in their stored format, a bounded region at a time.
+
+A stack of all layers' experts is hundreds of gigabytes, so no leaf is ever assembled on the host. Each device's shard
+is allocated on the device and filled region by region; a region holds at most STAGING_BYTES, or one matrix row where a
+row is larger than that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Sharding, SingleDeviceSharding
+from tqdm import tqdm
+
+from dsjax.checkpoint.agreement import SCALE_SUFFIX, agree, check_copies, check_values
+from dsjax.checkpoint.safetensors import Files
+from dsjax.config import Config, load_config
+from dsjax.errors import InputError
+from dsjax.params import Row, Stored, Tree, abstract_leaf, build_tree, is_mtp, table
+from quant import QArray
+
+STAGING_BYTES = 64 << 20
+
+Region = tuple[tuple[int, int], ...]
+"""(start, stop) on every axis of a leaf."""
+
+
+@dataclasses.dataclass
+class LoadStats:
+    """What a load did: tensor bytes moved, and the most that was staged on the host at once."""
+
+    bytes: int = 0
+    peak_staging_bytes: int = 0
+    regions: int = 0
+
+    def staged(self, nbytes: int) -> None:
+        self.bytes += nbytes
+        self.regions += 1
+        self.peak_staging_bytes = max(self.peak_staging_bytes, nbytes)
+
+
+def split_region(region: Region, itemsize: int, limit: int = STAGING_BYTES) -> Iterator[Region]:
+    """Cuts a region into regions of at most `limit` bytes, along leading axes first, never inside a row."""
+    extents = [stop - start for start, stop in region]
+    if math.prod(extents) * itemsize <= limit:
+        yield region
+        return
+    axis = next((i for i, n in enumerate(extents[:-1]) if n > 1), None)
+    if axis is None:
+        yield region
+        return
+    per_index = math.prod(extents[axis + 1 :]) * itemsize
+    step = max(1, limit // per_index)
+    start, stop = region[axis]
+    for at in range(start, stop, step):
+        part = (*region[:axis], (at, min(at + step, stop)), *region[axis + 1 :])
+        yield from split_region(part, itemsize, limit)
+
+
+def leaf_arrays(row: Row, config: Config, stored: Stored) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaf's arrays by name: "codes" and "scales" where it has them."""
+    leaf = abstract_leaf(row, config, stored)
+    if not isinstance(leaf, QArray):
+        return {"codes": leaf}
+    return {"codes": leaf.codes} if leaf.scales is None else {"codes": leaf.codes, "scales": leaf.scales}
+
+
+def load_plan(config: Config, stored: dict[Any, Stored], *, mtp: bool = False) -> LoadStats:
+    """The regions a one-device load would stage, from shapes alone; proves the bound at any model size."""
+    stats = LoadStats()
+    for row in table(config):
+        if row.copy_of is None and (mtp or not is_mtp(row)):
+            for array in leaf_arrays(row, config, stored[row.path]).values():
+                whole = tuple((0, n) for n in array.shape)
+                for region in split_region(whole, array.dtype.itemsize):
+                    stats.staged(math.prod(b - a for a, b in region) * array.dtype.itemsize)
+    return stats
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill(buffer: jax.Array, piece: jax.Array, start: list[jax.Array]) -> jax.Array:
+    return lax.dynamic_update_slice(buffer, piece, start)
+
+
+class _Loader:
+    def __init__(self, files: Files, config: Config, stats: LoadStats, progress: tqdm[Any]) -> None:
+        self.files = files
+        self.config = config
+        self.stats = stats
+        self.progress = progress
+        self.checked: set[str] = set()
+
+    def _view(self, name: str, dtype: np.dtype, part: str) -> np.ndarray:
+        if name not in self.checked:
+            check_values(self.files, name)
+            self.checked.add(name)
+        view = self.files.read(name)
+        if dtype == np.float32 and view.dtype != np.float32:
+            if part == "scales":  # E8M0, perhaps held as plain bytes
+                view = view.view(np.dtype("float8_e8m0fnu"))
+            return view.astype(np.float32)
+        return view.view(dtype)
+
+    def _stage(self, row: Row, part: str, region: Region, dtype: np.dtype) -> np.ndarray:
+        """Assembles one region on the host."""
+        lead = len(row.stacking)
+        inner = tuple(slice(a, b) for a, b in region[lead:])
+        out = np.empty([b - a for a, b in region], dtype)
+        for offset in np.ndindex(out.shape[:lead]):
+            index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
+            name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
+            out[offset] = self._view(name, dtype, part)[inner]
+            self.files.release(name)
+        return out
+
+    def array(self, row: Row, part: str, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+        """One array of a leaf, each device's shard filled in regions."""
+        shards = []
+        for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+            bounds = [s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True)]
+            where = SingleDeviceSharding(device)
+            buffer = jnp.zeros([b - a for a, b in bounds], spec.dtype, device=where)
+            for region in split_region(tuple(bounds), spec.dtype.itemsize):
+                piece = self._stage(row, part, region, np.dtype(spec.dtype))
+                start = [jnp.int32(a - low) for (a, _), (low, _) in zip(region, bounds, strict=True)]
+                # Waiting keeps one staging buffer alive at a time.
+                buffer = jax.block_until_ready(_fill(buffer, jax.device_put(piece, where), start))
+                self.stats.staged(piece.nbytes)
+                self.progress.update(piece.nbytes)
+            shards.append(buffer)
+        return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
+
+    def leaf(self, row: Row, stored: Stored, shardings: Any) -> Any:
+        arrays = leaf_arrays(row, self.config, stored)
+        built = {part: self.array(row, part, spec, shardings) for part, spec in arrays.items()}
+        template = abstract_leaf(row, self.config, stored)
+        if isinstance(template, QArray):
+            return dataclasses.replace(template, codes=built["codes"], scales=built.get("scales"))
+        return built["codes"]
+
+
+def load(
+    folder: FilePath | str,
+    *,
+    mtp: bool = False,
+    sharding: Sharding | None = None,
+    progress: bool = False,
+) -> tuple[Config, Tree, LoadStats]:
+    """Loads a checkpoint folder.
+
+    Args:
+      folder: with config.json and safetensors files as DeepSeek publishes them.
+      mtp: load the MTP module too.
+      sharding: where every array goes; the first device by default.
+      progress: show a progress bar on standard error.
+
+    Returns:
+      The config; the parameters in their stored format (see `params.abstract_params`); what the load did.
+
+    Raises:
+      InputError: before anything is moved if config and files disagree; while loading if a tensor holds NaN.
+    """
+    folder = FilePath(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a checkpoint folder, found none")
+    config = load_config(folder)
+    where = sharding or SingleDeviceSharding(jax.devices()[0])
+    with Files.open(folder) as files:
+        stored = agree(files, config)
+        if mtp and ("mtp", "embed") not in stored:
+            raise InputError(f"{folder}: expected an MTP module (layer {config.num_hidden_layers}), found none")
+        rows = {r.path: r for r in table(config) if mtp or not is_mtp(r)}
+        for row in rows.values():
+            if row.copy_of is not None:
+                check_copies(files, row, rows[row.copy_of])
+        stats = LoadStats()
+        arrays = [a for r in rows.values() if r.copy_of is None for a in leaf_arrays(r, config, stored[r.path]).values()]
+        total = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+            loader = _Loader(files, config, stats, bar)
+            tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, stored[row.path], where))
+    return config, tree, stats
+

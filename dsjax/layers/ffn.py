@@ -1,0 +1,101 @@
+"""Feed-forward layers: dense SwiGLU, and routed plus shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import Config
+from dsjax.layers.gate import moe_gate
+from dsjax.numerics import Numerics
+from dsjax.params import Tree
+from quant import QArray, block_scaled_dot, group_size, group_tokens, grouped_matmul
+
+
+def swiglu(gate: jax.Array, up: jax.Array, numerics: Numerics) -> jax.Array:
+    """silu(gate) * up in float32, rounded once (spec V3 2.5)."""
+    return numerics.round(jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) * up x): dense layers and the shared expert.
+
+    Leaves, stacked over layers: gate, up [L, F, D] and down [L, D, F] (W for F in the shared expert).
+    """
+
+    def __init__(self, numerics: Numerics, params: Tree) -> None:
+        self.numerics = numerics
+        self.gate = nnx.Param(params["gate"])
+        self.up = nnx.Param(params["up"])
+        self.down = nnx.Param(params["down"])
+
+    def __call__(self, x: jax.Array, layer: Any) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        linear = self.numerics.linear
+        inner = swiglu(linear(x, self.gate[...], (layer,)), linear(x, self.up[...], (layer,)), self.numerics)
+        return linear(inner, self.down[...], (layer,))
+
+
+class Experts(nnx.Module):
+    """The routed experts. Leaves: gate, up [L, E, M, D] and down [L, E, D, M]."""
+
+    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.gate = nnx.Param(params["gate"])
+        self.up = nnx.Param(params["up"])
+        self.down = nnx.Param(params["down"])
+
+    def __call__(
+        self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any
+    ) -> jax.Array:
+        """sum_j weights[t, j] * expert(choices[t, j])(x[t]), float32 [T, D].
+
+        Args:
+          x: [T, D].
+          choices, weights: [T, k] from the gate.
+          valid: bool [T]; other tokens get zero and cost nothing.
+          layer: index into the stack.
+        """
+        tokens, k = choices.shape
+        experts = self.config.n_routed_experts
+        groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
+
+        def matmul(rows: jax.Array, w: jax.Array | QArray) -> jax.Array:
+            return self.numerics.round(grouped_matmul(rows, w, groups, (layer,)))
+
+        # An empty row has source T * k, hence token T, which the gather fills with zeros.
+        operand = self.numerics.operand(x, self.gate[...])
+        rows = operand.at[groups.source // k].get(mode="fill", fill_value=0)
+        inner = swiglu(matmul(rows, self.gate[...]), matmul(rows, self.up[...]), self.numerics)
+        outputs = matmul(self.numerics.operand(inner, self.down[...]), self.down[...])
+        picked = outputs.at[groups.place].get(mode="fill", fill_value=0)
+        return jnp.sum(picked.astype(jnp.float32) * weights[..., None], axis=1)
+
+
+class MoE(nnx.Module):
+    """Routed experts plus the shared expert, which has weight one (spec V3 2.6).
+
+    No data flows between the two until they are added, so a scheduler may run them side by side.
+    """
+
+    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.router = nnx.Param(params["router"]["weight"])
+        self.bias = nnx.Param(params["router"]["bias"]) if "bias" in params["router"] else None
+        self.shared = SwiGLU(numerics, params["shared"])
+        self.experts = Experts(config, numerics, params["experts"])
+
+    def __call__(self, x: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
+        """[B, T, D] -> [B, T, D], rounded once after everything is added in float32."""
+        flat = x.reshape(-1, x.shape[-1])
+        scores = block_scaled_dot(flat, self.router[...], (layer,))
+        bias = None if self.bias is None else self.bias[...][layer]
+        choices, weights = moe_gate(scores, bias, self.config)
+        routed = self.experts(flat, choices, weights, valid.reshape(-1), layer)
+        shared = self.shared(flat, layer).astype(jnp.float32)
+        return self.numerics.round(routed + shared).reshape(x.shape)

@@ -1,0 +1,58 @@
+"""Rotary position embedding with static YaRN, interleaved pairs."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.config import Config, yarn_magnitude
+
+
+def rope_frequencies(config: Config) -> np.ndarray:
+    """Radians per position of each pair, float32 [R/2] (spec V3 2.2); the same at every length."""
+    d, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
+    plain = theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
+    if yarn is None:
+        return plain.astype(np.float32)
+
+    def pair_that_turns(turns: float) -> float:
+        return d * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
+    ramp = np.clip((np.arange(d // 2) - low) / ((high - low) or 0.001), 0, 1)
+    return (plain / yarn.factor * ramp + plain * (1 - ramp)).astype(np.float32)
+
+
+def rope_magnitude(config: Config) -> float:
+    """Factor on cos and sin: 1 in every release; a ratio of mscale fields otherwise (spec V3 2.2)."""
+    yarn = config.yarn
+    if yarn is None:
+        return 1.0
+    if yarn.mscale and yarn.mscale_all_dim:
+        return yarn_magnitude(yarn.factor, yarn.mscale) / yarn_magnitude(yarn.factor, yarn.mscale_all_dim)
+    return yarn_magnitude(yarn.factor, 1.0)
+
+
+def rope_table(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, R/2], for int32 positions [B, T]; made once per step, not per layer."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    magnitude = rope_magnitude(config)
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (x[2i], x[2i+1]) of the last axis, in float32 (spec V3 2.3).
+
+    Args:
+      x: [B, T, R] or [B, T, H, R].
+      table: from `rope_table`.
+    """
+    cos, sin = (t if x.ndim == 3 else t[:, :, None] for t in table)
+    x = x.astype(jnp.float32)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape)

@@ -1,0 +1,214 @@
+"""DeepSeek-V2 and V3 (R1, V3.1): dense layers, then mixture-of-experts layers, and the multi-token-prediction module.
+
+Layers run as one scan per kind over the layer *index*. Weight stacks are closed over and sliced at the point of use;
+passed as scan inputs they would be copied a layer at a time. The cache rides in the carry, updated in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from dsjax.cache import KEY_BLOCK, Cache
+from dsjax.config import Config
+from dsjax.layers.attention import Attention
+from dsjax.layers.ffn import MoE, SwiGLU
+from dsjax.layers.norm import add_norm, rms_norm
+from dsjax.layers.rope import rope_table
+from dsjax.numerics import Numerics
+from dsjax.params import Tree
+from quant import QArray, block_scaled_dot
+from quant.formats import decode
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What every layer of one step shares."""
+
+    positions: jax.Array  # int32 [B, T]
+    valid: jax.Array  # bool [B, T]
+    blocks: jax.Array  # int32 [], key blocks that hold something
+    table: tuple[jax.Array, jax.Array]  # cos, sin
+
+
+def _call(config: Config, cache: Cache, tokens: int, n_new: jax.Array) -> _Call:
+    offsets = jnp.arange(tokens, dtype=jnp.int32)
+    positions = cache.length[:, None] + offsets
+    filled = jnp.max(cache.length + n_new)
+    return _Call(
+        positions=positions,
+        valid=offsets < n_new[:, None],
+        blocks=jnp.maximum(1, (filled + KEY_BLOCK - 1) // KEY_BLOCK).astype(jnp.int32),
+        table=rope_table(config, positions),
+    )
+
+
+class Stack(nnx.Module):
+    """Equal decoder layers, run as one scan. `offset` is the first layer's place in the cache."""
+
+    def __init__(self, config: Config, numerics: Numerics, params: Tree, offset: int) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.offset = offset
+        self.input_norm = nnx.Param(params["input_norm"])
+        self.post_norm = nnx.Param(params["post_norm"])
+        self.attention = Attention(config, numerics, params["attention"])
+        if "experts" in params:
+            self.ffn: MoE | SwiGLU = MoE(config, numerics, params)
+        else:
+            self.ffn = SwiGLU(numerics, params["ffn"])
+
+    def __call__(
+        self, residual: jax.Array, delta: jax.Array, latent: jax.Array, call: _Call
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Runs all layers. The last sub-layer's output `delta` is still to be added to `residual` (both [B, T, D])."""
+        eps, input_norm, post_norm = self.config.rms_norm_eps, self.input_norm[...], self.post_norm[...]
+
+        def layer(carry: tuple[jax.Array, jax.Array, jax.Array], i: jax.Array) -> tuple[Any, None]:
+            residual, delta, latent = carry
+            residual, x = add_norm(residual, delta, input_norm[i], eps, self.numerics)
+            delta, latent = self.attention(
+                x, latent, (i, i + self.offset), call.positions, call.valid, call.blocks, call.table
+            )
+            residual, x = add_norm(residual, delta, post_norm[i], eps, self.numerics)
+            delta = self.ffn(x, call.valid, i) if isinstance(self.ffn, MoE) else self.ffn(x, i)
+            return (residual, delta, latent), None
+
+        carry, _ = lax.scan(layer, (residual, delta, latent), jnp.arange(input_norm.shape[0]))
+        return carry
+
+
+def _embed(embed: jax.Array | QArray, tokens: jax.Array, numerics: Numerics) -> jax.Array:
+    """Rows of the embedding table, [B, T, D] in the activation dtype."""
+    rows = decode(embed.codes[tokens], embed.format) if isinstance(embed, QArray) else embed[tokens]
+    return numerics.round(rows)
+
+
+def _select(hidden: jax.Array, n_new: jax.Array, want: str) -> jax.Array:
+    """The positions whose logits are wanted: "last" real one [B, D], or "all" [B, T, D]."""
+    if want == "all":
+        return hidden
+    last = jnp.maximum(n_new - 1, 0)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+class V3(nnx.Module):
+    """The main model, bound to its parameters."""
+
+    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.embed = nnx.Param(params["embed"])
+        self.norm = nnx.Param(params["norm"])
+        self.head = nnx.Param(params["head"])
+        dense = config.first_k_dense_replace
+        self.dense = Stack(config, numerics, params["dense"], 0) if "dense" in params else None
+        self.moe = Stack(config, numerics, params["moe"], dense) if "moe" in params else None
+
+    def __call__(
+        self, cache: Cache, tokens: jax.Array, n_new: jax.Array, want: str
+    ) -> tuple[jax.Array | None, jax.Array, Cache]:
+        call = _call(self.config, cache, tokens.shape[1], n_new)
+        residual = _embed(self.embed[...], tokens, self.numerics)
+        delta, latent = jnp.zeros_like(residual), cache.latent
+        for stack in (self.dense, self.moe):
+            if stack is not None:
+                residual, delta, latent = stack(residual, delta, latent, call)
+        _, hidden = add_norm(residual, delta, self.norm[...], self.config.rms_norm_eps, self.numerics)
+        logits = None if want == "none" else block_scaled_dot(_select(hidden, n_new, want), self.head[...])
+        return logits, hidden, Cache(latent, cache.length + n_new)
+
+
+class MTP(nnx.Module):
+    """The multi-token-prediction module: one decoder layer on [next token's embedding ; main model's hidden]."""
+
+    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+        self.config = config
+        self.numerics = numerics
+        self.embed = nnx.Param(params["embed"])
+        self.head = nnx.Param(params["head"])
+        mtp = params["mtp"]
+        self.embedding_norm = nnx.Param(mtp["embedding_norm"])
+        self.hidden_norm = nnx.Param(mtp["hidden_norm"])
+        self.projection = nnx.Param(mtp["projection"])
+        self.norm = nnx.Param(mtp["norm"])
+        self.stack = Stack(config, numerics, mtp, 0)
+
+    def __call__(
+        self, cache: Cache, hidden: jax.Array, tokens: jax.Array, n_new: jax.Array, want: str
+    ) -> tuple[jax.Array | None, jax.Array, Cache]:
+        eps, numerics = self.config.rms_norm_eps, self.numerics
+        call = _call(self.config, cache, tokens.shape[1], n_new)
+        embedding = _embed(self.embed[...], tokens, numerics)
+        # Embedding first: the released weights expect it so, against the paper's equation (spec V3 2.7).
+        joined = jnp.concatenate(
+            [
+                numerics.round(rms_norm(embedding, self.embedding_norm[...][0], eps)),
+                numerics.round(rms_norm(hidden, self.hidden_norm[...][0], eps)),
+            ],
+            axis=-1,
+        )
+        residual = numerics.linear(joined, self.projection[...], (0,))
+        residual, delta, latent = self.stack(residual, jnp.zeros_like(residual), cache.latent, call)
+        _, out = add_norm(residual, delta, self.norm[...][0], eps, numerics)
+        logits = None if want == "none" else block_scaled_dot(_select(out, n_new, want), self.head[...])
+        return logits, out, Cache(latent, cache.length + n_new)
+
+
+def step(
+    config: Config,
+    numerics: Numerics,
+    params: Tree,
+    cache: Cache,
+    tokens: jax.Array,
+    n_new: jax.Array,
+    want: str = "last",
+) -> tuple[jax.Array | None, jax.Array, Cache]:
+    """Takes up to T new tokens for each of B slots: prefill, chunked prefill, decode and verification alike.
+
+    Positions come from `cache.length`. A slot with `n_new == 0` keeps every bit of its state. The caller sees to it
+    that length + n_new stays within the capacity and ids within the vocabulary; rows beyond are dropped.
+
+    Args:
+      config, numerics, want: static. `want`: logits of "none", of the "last" new token, or of "all".
+      params: as `params.abstract_params` lays them out.
+      cache: to be donated.
+      tokens: int32 [B, T].
+      n_new: int32 [B], how many of the T are real.
+
+    Returns:
+      logits: float32 [B, V] ("last"), [B, T, V] ("all"), or None.
+      hidden: [B, T, D] after the final norm, which the MTP module takes.
+      cache: with the new tokens.
+    """
+    return V3(config, numerics, params)(cache, tokens, n_new, want)
+
+
+def draft(
+    config: Config,
+    numerics: Numerics,
+    params: Tree,
+    cache: Cache,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    n_new: jax.Array,
+    want: str = "last",
+) -> tuple[jax.Array | None, jax.Array, Cache]:
+    """The MTP module: from hidden at i and the token at i + 1, logits for the token at i + 2 (spec V3 2.7).
+
+    Args:
+      params: with the "mtp" branch.
+      cache: the module's own, `init_cache(..., layers=1)`.
+      hidden: [B, T, D] from `step`, or from `draft` itself for a further token.
+      tokens: int32 [B, T], each the token after its hidden.
+      n_new, want: as in `step`.
+
+    Returns:
+      logits, hidden (after the module's norm) and cache, as `step`.
+    """
+    return MTP(config, numerics, params)(cache, hidden, tokens, n_new, want)

@@ -1,0 +1,70 @@
+"""Numerics: which values are rounded where. Static, explicit, chosen once per run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsjax.errors import InputError
+from quant import E4M3, QArray, block_scaled_dot, fake_act_quant
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How a model computes.
+
+    Attributes:
+      mode: "plain" (weights dequantised, activations never quantised) or "native" (as DeepSeek's own inference:
+        activations quantised per 1x128 group before every FP8 product, its own rounding points; spec V3 4).
+      dtype: "float32" or "bfloat16", of activations and cache; native is bfloat16.
+      mla: "absorbed", "naive", or "auto". The two forms are equal in plain, where auto takes the one with fewer
+        operations; they differ in native, where auto is absorbed and never depends on the number of tokens.
+      pow2: native's activation scales are powers of two (UE8M0: V3.1 on) instead of float32.
+    """
+
+    mode: str = "plain"
+    dtype: str = "bfloat16"
+    mla: str = "auto"
+    pow2: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mode", ("plain", "native")),
+            ("dtype", ("float32", "bfloat16")),
+            ("mla", ("auto", "absorbed", "naive")),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(f"numerics {name}: expected {' or '.join(choices)}, found {getattr(self, name)!r}")
+        if self.native and self.dtype != "bfloat16":
+            raise InputError("--dtype float32 cannot be combined with --numerics native, which rounds to bfloat16")
+
+    @property
+    def native(self) -> bool:
+        return self.mode == "native"
+
+    def round(self, x: jax.Array) -> jax.Array:
+        """float32 -> the activation dtype.
+
+        The explicit reduce_precision keeps the rounding: XLA may drop a bare float32 -> bfloat16 -> float32 pair.
+        """
+        if self.dtype == "float32":
+            return x
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+
+    def operand(self, x: jax.Array, w: jax.Array | QArray) -> jax.Array:
+        """Activations as the product with `w` takes them: through E4M3 in native if w is FP8, else unchanged."""
+        if self.native and isinstance(w, QArray) and w.format == E4M3:
+            return fake_act_quant(x, pow2=self.pow2)
+        return x
+
+    def linear(self, x: jax.Array, w: jax.Array | QArray, index: tuple[Any, ...] = ()) -> jax.Array:
+        """x @ w[index].T rounded to the activation dtype; float [..., K] -> [..., N].
+
+        In native this is DeepSeek's FP8 product (spec V3 4.3): scales are folded into the operands, which changes
+        nothing beyond float32 summation order.
+        """
+        return self.round(block_scaled_dot(self.operand(x, w), w, index))

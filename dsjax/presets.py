@@ -1,0 +1,109 @@
+"""Published architectures as data, in the spelling of their own config.json (spec V3 1.1)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from dsjax.errors import InputError
+
+_YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": _YARN,
+    "max_position_embeddings": 163840,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "quantization_config": _FP8,
+}
+
+_V2_LITE: dict[str, Any] = {
+    **{k: v for k, v in _V3.items() if k not in ("quantization_config", "num_nextn_predict_layers")},
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "deepseek-v2-lite": _V2_LITE,
+    "deepseek-v3": _V3,
+    "deepseek-r1": _V3,
+    "deepseek-v3.1": {**_V3, "quantization_config": {**_FP8, "scale_fmt": "ue8m0"}},
+}
+
+PRESETS: tuple[str, ...] = tuple(_PRESETS)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A fresh copy of the preset's config.json.
+
+    Raises:
+      InputError: if there is no such preset.
+    """
+    if name not in _PRESETS:
+        raise InputError(f"no preset {name!r}: expected one of {', '.join(PRESETS)}")
+    return copy.deepcopy(_PRESETS[name])

@@ -1,0 +1,44 @@
+"""Number formats and quantised arrays. Knows no model and no mesh."""
+
+from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, F16, FORMATS, INT4, INT8, Format
+from quant.matmul import (
+    block_scaled_dot,
+    dequantise_tile,
+    group_size,
+    group_tokens,
+    grouped_matmul,
+    reference_block_scaled_dot,
+    reference_dot,
+    take_tile,
+)
+from quant.qarray import WHOLE, QArray, dequantise, retile
+from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
+
+__all__ = [
+    "BF16",
+    "E2M1",
+    "E4M3",
+    "E5M2",
+    "E8M0",
+    "F16",
+    "FORMATS",
+    "INT4",
+    "INT8",
+    "WHOLE",
+    "Format",
+    "QArray",
+    "act_quant",
+    "block_scaled_dot",
+    "dequantise",
+    "dequantise_tile",
+    "fake_act_quant",
+    "fake_quantise",
+    "group_size",
+    "group_tokens",
+    "grouped_matmul",
+    "quantise",
+    "reference_block_scaled_dot",
+    "reference_dot",
+    "retile",
+    "take_tile",
+]

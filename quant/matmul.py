@@ -1,0 +1,253 @@
+"""Matrix products with quantised weights: a form that reads like the formula, and one that decodes tile by tile.
+
+The weight is never decoded whole. XLA:CPU does not fuse a decode into a dot, so a whole decode costs a temporary of
+four bytes per weight and the page faults that go with it; a tile of about 64 K elements stays in the core's cache.
+On every backend the tiles keep temporary memory independent of the weight's size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from quant.formats import E4M3, Format, decode, decode_finite_e4m3
+from quant.qarray import QArray, dequantise, expand_scales, scale_values
+
+TILE_ELEMENTS = 1 << 16
+"""Weights decoded at a time: 256 KB of float32, half of a small core's second-level cache."""
+
+MAX_TILE_ROWS = 128
+
+Index = tuple[Any, ...]
+"""One index, static or traced, per leading (layer, expert) axis of a stacked weight."""
+
+
+# --- reference forms ------------------------------------------------------------------------------------------------
+
+
+def reference_dot(x: jax.Array, w: jax.Array | QArray, index: Index = ()) -> jax.Array:
+    """y[..., n] = sum_k x[..., k] w[index][n, k] in float32, the weight decoded whole."""
+    matrix = dequantise(w[index]) if isinstance(w, QArray) else w[index].astype(jnp.float32)
+    return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
+
+
+def reference_block_scaled_dot(codes: jax.Array, scales: jax.Array, w: QArray) -> jax.Array:
+    """DeepSeek's FP8 product (spec V3 4.3): float32 sums inside each 128-block, scaled, then added in float32.
+
+    Args:
+      codes: uint8 E4M3 [T, K], as `act_quant` returns them.
+      scales: float32 [T, ceil(K/128)].
+      w: E4M3 QArray [N, K] with block (bn, 128).
+
+    Returns:
+      float32 [T, N].
+    """
+    n, k = w.shape
+    bk = w.block[1]
+    if w.format != E4M3 or -(-k // bk) != scales.shape[-1]:
+        raise ValueError(f"activation groups {scales.shape} do not match weight blocks {w.block} of {w.shape}")
+    pad = scales.shape[-1] * bk - k
+
+    def blocks(c: jax.Array) -> jax.Array:
+        return jnp.pad(decode(c, E4M3), ((0, 0), (0, pad))).reshape(c.shape[0], -1, bk)
+
+    partial_sums = jnp.einsum("tbk,nbk->tnb", blocks(codes), blocks(w.codes), precision=lax.Precision.HIGHEST)
+    row_scales = expand_scales(scale_values(w.scales), (w.block[0], 1), (n, scales.shape[-1]))
+    return jnp.sum(partial_sums * scales[:, None, :] * row_scales[None], axis=-1)
+
+
+# --- tiled form -----------------------------------------------------------------------------------------------------
+
+
+def _tile_rows(n: int, k: int, t: int, bn: int) -> int:
+    """Rows per tile: about TILE_ELEMENTS for few tokens, MAX_TILE_ROWS where the product dominates the decode."""
+    target = MAX_TILE_ROWS if t > 32 else max(8, min(MAX_TILE_ROWS, TILE_ELEMENTS // k))
+    rows = 1 << (target.bit_length() - 1)
+    if bn > 1 and (rows > bn or bn % rows):
+        rows = bn
+    return min(rows, n)
+
+
+def _decode_tile(codes: jax.Array, fmt: Format) -> tuple[jax.Array, float]:
+    """(values, factor) with the number = values * factor; E4M3 weights hold no NaN (the loader refuses them)."""
+    return decode_finite_e4m3(codes) if fmt == E4M3 else (decode(codes, fmt), 1.0)
+
+
+def _tile_dot(x: jax.Array, tile: jax.Array | QArray) -> jax.Array:
+    """float32 x [T, K] with a tile [rows, K] -> float32 [T, rows]."""
+    dot = partial(jnp.einsum, "tk,nk->tn", precision=lax.Precision.HIGHEST)
+    if not isinstance(tile, QArray):
+        return dot(x, tile.astype(jnp.float32))
+    bk = tile.block[1] or tile.shape[-1]
+    if tile.format.packed:
+        # Interleaving the nibbles costs six times as much as splitting the activations into even and odd channels.
+        parts = ((x[:, 0::2], tile.codes & 0xF), (x[:, 1::2], tile.codes >> 4))
+        bk //= 2
+    else:
+        parts = ((x, tile.codes),)
+    total = jnp.zeros((), jnp.float32)
+    for channels, codes in parts:
+        values, factor = _decode_tile(codes, tile.format)
+        if tile.scales is None:
+            total = total + dot(channels, values * factor)
+            continue
+        scales = scale_values(tile.scales) * factor
+        scales = expand_scales(scales, (1, bk), (scales.shape[0], values.shape[-1]))
+        if scales.shape[0] == 1 and x.shape[0] <= values.shape[0]:
+            # One scale row for the whole tile: scale whichever side is smaller.
+            total = total + dot(channels * scales, values)
+        else:
+            total = total + dot(channels, values * scales)
+    return total
+
+
+def dequantise_tile(tile: jax.Array | QArray) -> jax.Array:
+    """A tile as float32 [rows, K], each code times its scale rounded once."""
+    if not isinstance(tile, QArray):
+        return tile.astype(jnp.float32)
+    rows, k = tile.shape
+    if tile.scales is not None and tile.scales.shape[0] != rows:
+        scales = jnp.broadcast_to(tile.scales, (rows, tile.scales.shape[1]))
+        tile = dataclasses.replace(tile, scales=scales)
+    return dequantise(tile)
+
+
+def take_tile(w: jax.Array | QArray, index: Index, start: Any, rows: int, *, stride: int) -> jax.Array | QArray:
+    """Rows start : start + rows of the matrix w[index], copying no more than that.
+
+    Args:
+      w: [*lead, N, K].
+      index: leading indices.
+      start: first row, static or traced.
+      rows: row count.
+      stride: a number that divides every `start` (0 if start is 0); it tells whether a tile stays in one scale block.
+    """
+    if isinstance(w, QArray):
+        bn = w.block[0] or w.shape[-2]
+        return w.tile(index, start, rows, aligned=bn % rows == 0 and stride % rows == 0)
+    return lax.dynamic_slice(w, (*index, start, 0), (1,) * len(index) + (rows, w.shape[-1])).reshape(rows, -1)
+
+
+def block_scaled_dot(x: jax.Array, w: jax.Array | QArray, index: Index = ()) -> jax.Array:
+    """y[..., n] = sum_k x[..., k] w[index][n, k], decoding the weight tile by tile.
+
+    Equal to `reference_dot` within float32 summation order.
+
+    Args:
+      x: float [..., K].
+      w: [*lead, N, K], a QArray or a float array; `lead` has one axis per entry of `index`.
+      index: leading indices; the matrix is sliced at the point of use, so no layer of a stack is ever copied.
+
+    Returns:
+      float32 [..., N].
+    """
+    n, k = w.shape[-2:]
+    if x.shape[-1] != k or len(index) != len(w.shape) - 2:
+        raise ValueError(f"activations {x.shape} and index of {len(index)} do not fit weight {w.shape}")
+    rows_in = x.reshape(-1, k).astype(jnp.float32)
+    t = rows_in.shape[0]
+    bn = (w.block[0] or n) if isinstance(w, QArray) and w.scales is not None else 1
+    rows = _tile_rows(n, k, t, bn)
+    full = n // rows
+
+    def one(start: Any, size: int) -> jax.Array:
+        return _tile_dot(rows_in, take_tile(w, index, start, size, stride=rows))
+
+    if full == 1:
+        y = one(0, rows)
+    else:
+        _, tiles = lax.scan(lambda _, i: (None, one(i * rows, rows)), None, jnp.arange(full))
+        y = jnp.moveaxis(tiles, 0, 1).reshape(t, full * rows)
+    if full * rows < n:
+        y = jnp.concatenate([y, one(full * rows, n - full * rows)], axis=-1)
+    return y.reshape(*x.shape[:-1], n)
+
+
+# --- grouped form ---------------------------------------------------------------------------------------------------
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["source", "place", "expert", "used"], meta_fields=["size"])
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Assignments (token, choice) sorted by expert into blocks of `size` rows, each block of one expert.
+
+    P = T * k assignments, G blocks (a static bound; only the first `used` hold work).
+
+    Attributes:
+      source: int32 [G * size], the assignment in each row, P where the row is empty.
+      place: int32 [T, k], the row of each assignment, G * size where it was masked out.
+      expert: int32 [G], the expert of each block.
+      used: int32 [], number of blocks that hold work.
+      size: rows per block.
+    """
+
+    source: jax.Array
+    place: jax.Array
+    expert: jax.Array
+    used: jax.Array
+    size: int
+
+
+def group_size(tokens: int, choices: int, experts: int) -> int:
+    """Rows per block: twice the mean load of an expert, so that most chosen experts are read once."""
+    target = min(tokens, -(-2 * tokens * choices // experts), MAX_TILE_ROWS)
+    return 1 << max(target - 1, 0).bit_length()
+
+
+def group_tokens(choices: jax.Array, experts: int, valid: jax.Array, size: int) -> Groups:
+    """Sorts assignments by expert into blocks, in static shapes.
+
+    Args:
+      choices: int32 [T, k], expert of each assignment.
+      experts: E.
+      valid: bool [T]; assignments of invalid tokens (padding) get no row and cost no work.
+      size: rows per block.
+    """
+    t, k = choices.shape
+    p = t * k
+    blocks = min(p, experts + p // size)
+    flat = jnp.where(valid[:, None], choices, experts).reshape(p)
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.zeros(experts + 1, jnp.int32).at[flat].add(1)[:experts]
+    per_expert = (counts + size - 1) // size
+    last_block = jnp.cumsum(per_expert)
+    # Rank inside its expert and first block of its expert, for each assignment in sorted order.
+    of = jnp.minimum(flat[order], experts - 1)
+    rank = jnp.arange(p, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[of]
+    row = jnp.where(flat[order] < experts, (last_block - per_expert)[of] * size + rank, blocks * size)
+    source = jnp.full(blocks * size, p, jnp.int32).at[row].set(order.astype(jnp.int32), mode="drop")
+    place = jnp.zeros(p, jnp.int32).at[order].set(row.astype(jnp.int32)).reshape(t, k)
+    expert = jnp.searchsorted(last_block, jnp.arange(blocks), side="right").astype(jnp.int32)
+    return Groups(source, place, jnp.minimum(expert, experts - 1), last_block[-1].astype(jnp.int32), size)
+
+
+def grouped_matmul(x: jax.Array, w: jax.Array | QArray, groups: Groups, index: Index = ()) -> jax.Array:
+    """Each block of rows times its expert's matrix: a loop over the blocks that hold work, in plain operations.
+
+    Work grows with the routed tokens, not with the number of experts; a chosen expert's bytes are decoded once per
+    block.
+
+    Args:
+      x: float [G * size, K], rows as `groups` lays them out.
+      w: [*lead, E, N, K], QArray or float.
+      groups: from `group_tokens`.
+      index: indices of the `lead` axes.
+
+    Returns:
+      float32 [G * size, N]; rows of unused blocks are zero.
+    """
+    size = groups.size
+
+    def body(b: jax.Array, out: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(x, b * size, size)
+        y = block_scaled_dot(rows, w, (*index, groups.expert[b]))
+        return lax.dynamic_update_slice_in_dim(out, y, b * size, axis=0)
+
+    return lax.fori_loop(0, groups.used, body, jnp.zeros((x.shape[0], w.shape[-2]), jnp.float32))
+
+

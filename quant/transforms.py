@@ -1,0 +1,102 @@
+"""Quantisation as transforms: arrays -> QArrays, activation quantisation, straight-through gradients."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from quant.formats import E4M3, E8M0, Format, decode, encode, encode_e8m0_ceil, exact_divide, pack
+from quant.qarray import QArray, dequantise, expand_scales
+
+AMAX_FLOOR = 1e-4
+"""DeepSeek's floor under a group's amax: an all-zero group gets a finite scale."""
+
+GROUP = 128
+"""Channels that share one activation scale."""
+
+
+def _block_amax(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """max |x| over blocks of the last two axes, zero-padding partial edge blocks: [..., ceil(N/bn), ceil(K/bk)]."""
+    *lead, n, k = x.shape
+    bn, bk = block
+    nb, kb = math.ceil(n / bn), math.ceil(k / bk)
+    widths = [(0, 0)] * len(lead) + [(0, nb * bn - n), (0, kb * bk - k)]
+    return jnp.abs(jnp.pad(x, widths)).reshape(*lead, nb, bn, kb, bk).max(axis=(-3, -1))
+
+
+def _scale(amax: jax.Array, fmt: Format, pow2: bool) -> jax.Array:
+    """float32 scales amax / max, rounded up to a power of two if asked."""
+    scale = exact_divide(jnp.maximum(amax, AMAX_FLOOR), jnp.float32(fmt.max))
+    return decode(encode_e8m0_ceil(scale), E8M0) if pow2 else scale
+
+
+def quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> QArray:
+    """Quantises the last two axes by blocks: scale = amax / max (spec V3 4.2), codes = round(x / scale).
+
+    Args:
+      x: float [..., N, K].
+      fmt: E4M3, E5M2, E2M1, INT8 or INT4; K must be even for the 4-bit ones.
+      block: (bn, bk); WHOLE spans an axis. Partial edge blocks count as zero-padded.
+      pow2: round scales up to powers of two and hold them as E8M0 (uint8); otherwise float32.
+
+    Returns:
+      QArray of x's shape.
+    """
+    x = x.astype(jnp.float32)
+    n, k = x.shape[-2:]
+    block = (block[0] or n, block[1] or k)
+    scales = _scale(_block_amax(x, block), fmt, pow2)
+    codes = encode(exact_divide(x, expand_scales(scales, block, (n, k))), fmt)
+    return QArray(
+        codes=pack(codes) if fmt.packed else codes,
+        scales=encode_e8m0_ceil(scales) if pow2 else scales,
+        format=fmt,
+        block=block,
+    )
+
+
+def act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> tuple[jax.Array, jax.Array]:
+    """DeepSeek's activation quantisation: E4M3 per 1 x group of the last axis (spec V3 4.2).
+
+    Args:
+      x: float [..., K]; a last group shorter than `group` counts as zero-padded.
+      pow2: UE8M0 scales (V3.1 on) instead of float32 ones (V3, R1).
+
+    Returns:
+      codes uint8 [..., K] and scales float32 [..., ceil(K/group)].
+    """
+    rows = x.astype(jnp.float32)[..., None, :]
+    block = (1, group)
+    scales = _scale(_block_amax(rows, block), E4M3, pow2)
+    codes = encode(exact_divide(rows, expand_scales(scales, block, (1, x.shape[-1]))), E4M3)
+    return codes[..., 0, :], scales[..., 0, :]
+
+
+def _act_quant_values(x: jax.Array, pow2: bool, group: int) -> jax.Array:
+    codes, scales = act_quant(x, pow2=pow2, group=group)
+    q = QArray(codes[..., None, :], scales[..., None, :], E4M3, (1, group))
+    return dequantise(q)[..., 0, :]
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    return rounded
+
+
+@_straight_through.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0].astype(primals[1].dtype)
+
+
+def fake_act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> jax.Array:
+    """x rounded through `act_quant`, as float32; the gradient passes straight through."""
+    stopped = jax.lax.stop_gradient(x)
+    return _straight_through(x, _act_quant_values(stopped, pow2, group))
+
+
+def fake_quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> jax.Array:
+    """dequantise(quantise(x)), float32 [..., N, K]; the gradient passes straight through."""
+    stopped = jax.lax.stop_gradient(x)
+    return _straight_through(x, dequantise(quantise(stopped, fmt, block, pow2=pow2)))
