@@ -130,8 +130,7 @@ def insert(cache: Cache, slot: int, state: SequenceState) -> Cache:
         raise InputError(f"sequence state: expected version {STATE_VERSION}, found {state.version}")
     if state.latent.shape != expected or state.latent.dtype != cache.latent.dtype:
         raise InputError(
-            f"sequence state: expected {cache.latent.dtype} {expected}, "
-            f"found {state.latent.dtype} {state.latent.shape}"
+            f"sequence state: expected {cache.latent.dtype} {expected}, found {state.latent.dtype} {state.latent.shape}"
         )
     if state.length > capacity:
         raise InputError(f"sequence state: {state.length} tokens do not fit a cache of {capacity}")

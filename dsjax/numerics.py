@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.config import Config
 from dsjax.errors import InputError
 from quant import E4M3, QArray, block_scaled_dot, fake_act_quant
 
@@ -41,6 +42,10 @@ class Numerics:
                 raise InputError(f"numerics {name}: expected {' or '.join(choices)}, found {getattr(self, name)!r}")
         if self.native and self.dtype != "bfloat16":
             raise InputError("--dtype float32 cannot be combined with --numerics native, which rounds to bfloat16")
+
+    def for_checkpoint(self, config: Config) -> Numerics:
+        """These numerics with the activation scales that the checkpoint was trained for."""
+        return dataclasses.replace(self, pow2=config.quantization is not None and config.quantization.pow2)
 
     @property
     def native(self) -> bool:

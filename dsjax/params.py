@@ -140,9 +140,7 @@ def _ffn(where: str, prefix: str, letter: str, axis: str) -> tuple[_Spec, ...]:
 
 _DENSE = _ffn("ffn", "mlp", "F", "ffn")
 _ROUTER: tuple[_Spec, ...] = (("router.weight", ("E", "D"), ("router", "hidden"), MATRIX, "mlp.gate.weight"),)
-_ROUTER_BIAS: tuple[_Spec, ...] = (
-    ("router.bias", ("E",), ("router",), VECTOR, "mlp.gate.e_score_correction_bias"),
-)
+_ROUTER_BIAS: tuple[_Spec, ...] = (("router.bias", ("E",), ("router",), VECTOR, "mlp.gate.e_score_correction_bias"),)
 _SHARED = _ffn("shared", "mlp.shared_experts", "W", "shared_ffn")
 _EXPERTS = _ffn("experts", "mlp.experts.{expert}", "M", "expert_ffn")
 
@@ -184,9 +182,7 @@ def table(config: Config) -> tuple[Row, ...]:
         prefix = "model.layers.{layer}."
         for row, name in ((embed, "embed_tokens.weight"), (head, "shared_head.head.weight")):
             rows.append(
-                dataclasses.replace(
-                    row, path=("mtp", row.path[0]), name=prefix + name, layers=layers, copy_of=row.path
-                )
+                dataclasses.replace(row, path=("mtp", row.path[0]), name=prefix + name, layers=layers, copy_of=row.path)
             )
     return tuple(rows)
 

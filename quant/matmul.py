@@ -249,5 +249,3 @@ def grouped_matmul(x: jax.Array, w: jax.Array | QArray, groups: Groups, index: I
         return lax.dynamic_update_slice_in_dim(out, y, b * size, axis=0)
 
     return lax.fori_loop(0, groups.used, body, jnp.zeros((x.shape[0], w.shape[-2]), jnp.float32))
-
-

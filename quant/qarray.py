@@ -59,7 +59,9 @@ class QArray:
             return self
         count = len(index) if isinstance(index, tuple) else 1
         if count > self.ndim - 2:
-            raise IndexError(f"a QArray is indexed on its leading {self.ndim - 2} axes only; use `tile` inside a matrix")
+            raise IndexError(
+                f"a QArray is indexed on its leading {self.ndim - 2} axes only; use `tile` inside a matrix"
+            )
         return dataclasses.replace(
             self, codes=self.codes[index], scales=None if self.scales is None else self.scales[index]
         )
@@ -77,9 +79,9 @@ class QArray:
           aligned: the caller's promise that the tile lies inside one row block, which saves a gather.
         """
         lead = len(index)
-        codes = lax.dynamic_slice(
-            self.codes, (*index, start, 0), (1,) * lead + (rows, self.codes.shape[-1])
-        ).reshape(rows, -1)
+        codes = lax.dynamic_slice(self.codes, (*index, start, 0), (1,) * lead + (rows, self.codes.shape[-1])).reshape(
+            rows, -1
+        )
         if self.scales is None:
             return dataclasses.replace(self, codes=codes)
         bn = self.block[0] or self.shape[-2]

@@ -319,7 +319,7 @@ def draw(name: str, shape: tuple[int, ...], geometry: Geometry, seed: int) -> to
 
 def store(name: str, value: torch.Tensor, geometry: Geometry) -> Tensors:
     """Returns the stored tensors of one float32 value: cast, or codes and scales."""
-    if geometry.storage == "f32" or name.endswith("e_score_correction_bias") and geometry.bias == "f32":
+    if geometry.storage == "f32" or (name.endswith("e_score_correction_bias") and geometry.bias == "f32"):
         return {name: value}
     if value.ndim == 1 and "norm" in name:
         return {name: value if geometry.norms == "f32" else value.to(torch.bfloat16)}

@@ -96,14 +96,10 @@ def _finite(view: np.ndarray) -> bool:
 
 
 def _has_nan_code(view: np.ndarray) -> bool:
-    """Whether FP8 codes hold NaN, 0x7F or 0xFF. A search for a byte runs at memory speed."""
-    data = memoryview(view.view(np.uint8).reshape(-1))
-    codes = bytes(data) if len(data) < _CHUNK else None
-    if codes is not None:
-        return b"\x7f" in codes or b"\xff" in codes
-    return any(
-        b"\x7f" in (part := bytes(data[i : i + _CHUNK])) or b"\xff" in part for i in range(0, len(data), _CHUNK)
-    )
+    """Whether FP8 codes hold NaN, 0x7F or 0xFF. A search for one byte runs at memory speed."""
+    codes = view.view(np.uint8).reshape(-1)
+    parts = (codes[i : i + _CHUNK].tobytes() for i in range(0, codes.size, _CHUNK))
+    return any(b"\x7f" in part or b"\xff" in part for part in parts)
 
 
 def check_values(files: Files, name: str) -> None:

@@ -183,10 +183,11 @@ def load(
             if row.copy_of is not None:
                 check_copies(files, row, rows[row.copy_of])
         stats = LoadStats()
-        arrays = [a for r in rows.values() if r.copy_of is None for a in leaf_arrays(r, config, stored[r.path]).values()]
+        arrays = [
+            a for r in rows.values() if r.copy_of is None for a in leaf_arrays(r, config, stored[r.path]).values()
+        ]
         total = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
             loader = _Loader(files, config, stats, bar)
             tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, stored[row.path], where))
     return config, tree, stats
-

@@ -72,9 +72,7 @@ def attend(
 
         return lax.fori_loop(0, blocks, add, accumulator)
 
-    def online(
-        j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def online(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, out = carry
         s = score(j)
         new_top, total, decay = advance(s, top, total)

@@ -49,9 +49,7 @@ class Experts(nnx.Module):
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
-    def __call__(
-        self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
         """sum_j weights[t, j] * expert(choices[t, j])(x[t]), float32 [T, D].
 
         Args:

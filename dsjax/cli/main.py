@@ -1,0 +1,148 @@
+"""`dsjax VERB ...`: parsing, exit statuses, and the one line that errors get."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from dsjax.cli import verbs
+from dsjax.errors import InputError
+from dsjax.presets import PRESETS
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive integer"
+
+
+def _ids(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+_ids.__name__ = "list of ids like 1,2,3"
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise ValueError
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+_setting.__name__ = "key=value"
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="activations and cache (default bfloat16)")
+    parser.add_argument("--numerics", choices=("plain", "native"), default="plain")
+    parser.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention")
+    parser.add_argument("--weights", choices=("stored",), default="stored", help="resident format")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    common.add_argument("--platform", metavar="NAME", help="cpu, cuda, tpu, or a plugin's name")
+    common.add_argument("--compile-cache", type=Path, metavar="DIR", help="keep compiled programs here")
+    parser = _Parser(prog="dsjax", description="DeepSeek models in JAX, in their own quantised bytes.")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    p = commands.add_parser("synth", parents=[common], help="make a checkpoint with random weights")
+    p.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--layers", type=_positive, metavar="N")
+    p.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=verbs.synth)
+
+    p = commands.add_parser("inspect", parents=[common], help="count parameters and bytes; check a checkpoint")
+    p.add_argument("model", metavar="DIR_OR_PRESET")
+    p.add_argument("--check", action="store_true", help="read every tensor; status 1 if anything is wrong")
+    p.set_defaults(run=verbs.inspect)
+
+    p = commands.add_parser("generate", parents=[common], help="continue prompts")
+    _model_flags(p)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-ids", type=_ids, metavar="1,2,3")
+    source.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='lines with "prompt", "ids" or "messages"')
+    p.add_argument("--chat", action="store_true", help="--prompt is a user's message: use the chat template")
+    p.add_argument("--thinking", action="store_true", help="ask the chat template for a think block")
+    p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    p.add_argument("--max-length", type=_positive, metavar="N", help="positions per sequence")
+    p.add_argument("--batch", type=_positive, default=8, metavar="N", help="prompts at once (default 8)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=verbs.generate)
+
+    p = commands.add_parser("score", parents=[common], help="logits at every position")
+    _model_flags(p)
+    p.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="int [B, T], .npy or .json")
+    p.add_argument("--logits", type=Path, required=True, metavar="OUT.npy", help="float32 [B, T, V]")
+    p.add_argument("--mtp-logits", type=Path, metavar="OUT.npy", help="the draft's, float32 [B, T-1, V]")
+    p.set_defaults(run=verbs.score)
+
+    p = commands.add_parser("bench", parents=[common], help="time loading, prefill and decode")
+    _model_flags(p)
+    p.add_argument("--prompt-length", type=_positive, default=128, metavar="N")
+    p.add_argument("--new-tokens", type=_positive, default=32, metavar="N")
+    p.add_argument("--batch", type=_positive, default=1, metavar="N")
+    p.set_defaults(run=verbs.bench)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+      0 done, 1 a negative verdict, 2 bad input or environment (one line on standard error).
+    """
+    try:
+        options = build_parser().parse_args(arguments)
+        if options.platform:
+            jax.config.update("jax_platforms", options.platform)
+        if options.compile_cache:
+            jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        try:
+            jax.devices()
+        except RuntimeError as e:
+            raise InputError(f"--platform {options.platform}: {e}") from None
+        return options.run(options)
+    except InputError as e:
+        print(f"dsjax: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        return 2
+    except KeyboardInterrupt:
+        print("dsjax: interrupted", file=sys.stderr)
+        return 130
+
+
+def console() -> NoReturn:
+    """The `dsjax` command."""
+    sys.exit(main())

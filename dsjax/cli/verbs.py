@@ -1,0 +1,200 @@
+"""One function per verb: options -> library call -> printed result and exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsjax.bench import bench as run_bench
+from dsjax.checkpoint.agreement import agree, problems
+from dsjax.checkpoint.load import load
+from dsjax.checkpoint.safetensors import Files
+from dsjax.config import Config, load_config, read_json_object
+from dsjax.errors import InputError
+from dsjax.files import new_file
+from dsjax.generate import Engine
+from dsjax.numerics import Numerics
+from dsjax.params import accounting
+from dsjax.prompts import read_prompts, read_tokens
+from dsjax.sampling import Sampling
+from dsjax.synth import synth_config, synthesise
+from dsjax.text import Stream, Text, load_text, split_thinking
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result), flush=True)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _numerics(options: argparse.Namespace) -> Numerics:
+    return Numerics(options.numerics, options.dtype or "bfloat16", options.mla)
+
+
+def synth(options: argparse.Namespace) -> int:
+    """`dsjax synth`."""
+    config = synth_config(options.preset, layers=options.layers, settings=dict(options.settings))
+    synthesise(options.out, config, template=options.preset, seed=options.seed)
+    result = {"model": str(options.out), **accounting(load_config(options.out))}
+    if options.json:
+        _print_json(result)
+    else:
+        print(f"{options.out}: {result['parameters']:,} parameters, {result['bytes']:,} bytes")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """`dsjax inspect`."""
+    config = load_config(options.model)
+    result: dict[str, Any] = {"model": str(options.model), "model_type": config.model_type, **accounting(config)}
+    found: list[str] = []
+    folder = Path(options.model)
+    if folder.is_dir():
+        try:
+            with Files.open(folder) as files:
+                agree(files, config)
+                result["bytes"] = sum(files[name].nbytes for name in files)
+                if options.check:
+                    found = list(problems(files, config))
+        except InputError as e:
+            if not options.check:
+                raise
+            found = [str(e)]
+    elif options.check:
+        raise InputError(f"{options.model}: expected a checkpoint folder to check, found a preset")
+    if options.check:
+        result["problems"] = found
+    if options.json:
+        _print_json(result)
+    else:
+        for key, value in result.items():
+            if key != "problems":
+                print(f"{key:20} {value:,}" if isinstance(value, int) else f"{key:20} {value}")
+        if options.check:
+            print(f"{'check':20} {'no problem found' if not found else f'{len(found)} problems'}")
+    for problem in found:
+        _note(problem)
+    return 1 if found else 0
+
+
+def _stop_ids(folder: Path, config: Config, text: Text | None) -> tuple[int, ...]:
+    """Ids that end a sequence: the config's, generation_config.json's and the tokenizer's."""
+    stop = set(config.eos_token_ids)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        value = read_json_object(path).get("eos_token_id")
+        stop |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+    if text is not None and text.eos is not None:
+        stop.add(text.eos)
+    return tuple(sorted(stop))
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`dsjax generate`."""
+    folder: Path = options.model
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    numerics = _numerics(options)
+    config = load_config(folder)
+    text = load_text(folder)
+    prompts = read_prompts(options, text)
+    config, params, _ = load(folder, progress=sys.stderr.isatty())
+    engine = Engine(config, params, numerics.for_checkpoint(config), text.size if text else None)
+    stop = _stop_ids(folder, config, text)
+
+    streaming = len(prompts) == 1 and not options.json
+    shown = (lambda s: print(s, end="", flush=True)) if streaming else (lambda s: None)
+    stream = Stream(text, shown) if text else None
+    separator = ""
+
+    def on_token(_: int, token: int) -> None:
+        nonlocal separator
+        if streaming and stream is not None:
+            stream.push(token)
+        elif streaming:
+            print(f"{separator}{token}", end="", flush=True)
+            separator = ","
+
+    sequences, ttft, steps, compiled = [], [], [], 0.0
+    for first in range(0, len(prompts), options.batch):
+        part = prompts[first : first + options.batch]
+        outputs, timing = engine.generate(
+            [p.ids for p in part],
+            options.max_new_tokens,
+            sampling,
+            max_length=options.max_length,
+            stop=stop,
+            first_sequence=first,
+            on_token=on_token,
+        )
+        ttft.append(timing.ttft_s)
+        steps += timing.token_s
+        compiled += timing.compile_s
+        for prompt, output in zip(part, outputs, strict=True):
+            entry = {
+                "prompt_ids": prompt.ids,
+                "output_ids": output.ids,
+                "text": text.decode(output.ids) if text else None,
+                "finish_reason": output.finish_reason,
+            }
+            if prompt.rendered is not None and text:
+                entry["reasoning"], entry["answer"] = split_thinking(prompt.rendered, entry["text"] or "")
+            sequences.append(entry)
+    if streaming:
+        if stream is not None:
+            stream.finish()
+        print()
+    elif not options.json:
+        for i, entry in enumerate(sequences):
+            print(f"[{i}] {entry['text'] if text else ','.join(map(str, entry['output_ids']))}")
+    ttft_s, tpot_s = float(np.median(ttft)), float(np.median(steps)) if steps else None
+    if options.json:
+        _print_json({"sequences": sequences, "ttft_s": ttft_s, "tpot_s": tpot_s, "compile_s": compiled})
+    else:
+        rate = f", {min(options.batch, len(prompts)) / tpot_s:.1f} tokens/s" if tpot_s else ""
+        _note(f"compiled in {compiled:.1f} s; time to first token {ttft_s:.3f} s{rate}")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """`dsjax score`."""
+    tokens = read_tokens(options.tokens)
+    numerics = _numerics(options)
+    config, params, _ = load(options.model, mtp=options.mtp_logits is not None, progress=sys.stderr.isatty())
+    engine = Engine(config, params, numerics.for_checkpoint(config))
+    logits, drafts = engine.score(tokens, mtp=options.mtp_logits is not None)
+    outputs = [(options.logits, logits)] + ([(options.mtp_logits, drafts)] if drafts is not None else [])
+    for path, array in outputs:
+        with new_file(path) as temporary, temporary.open("wb") as f:
+            np.save(f, array)
+    result = {"logits": str(options.logits), "shape": list(logits.shape)}
+    if options.json:
+        _print_json(result)
+    else:
+        print(f"{options.logits}: float32 {list(logits.shape)}")
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """`dsjax bench`."""
+    result = run_bench(
+        options.model,
+        _numerics(options),
+        prompt_length=options.prompt_length,
+        new_tokens=options.new_tokens,
+        batch=options.batch,
+    )
+    result["platform"] = jax.devices()[0].platform
+    if options.json:
+        _print_json(result)
+    else:
+        for key, value in result.items():
+            print(f"{key:22} {value:.4g}" if isinstance(value, float) else f"{key:22} {value}")
+    return 0

@@ -1,0 +1,55 @@
+"""Writing results whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsjax.errors import InputError
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+      InputError: if `out` exists and is not an empty folder, or cannot be made.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: expected no such file or an empty folder, found something there")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, out)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A temporary file beside `out` that replaces `out` when the block ends well, and vanishes when it does not."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=out.suffix, dir=out.parent)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, out)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

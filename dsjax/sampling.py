@@ -1,0 +1,69 @@
+"""From logits to the next token, jittable."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: 0 takes the most likely token.
+      top_p: draw from the fewest most likely tokens whose probabilities add up to this.
+      top_k: draw from the k most likely tokens; 0 for all.
+      seed: of the draws; a sequence's draws depend on the seed, its number and the position only.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature: expected a finite number from 0 on, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p: expected a number above 0 and up to 1, found {self.top_p}")
+        if self.top_k < 0:
+            raise InputError(f"--top-k: expected 0 or more, found {self.top_k}")
+
+
+def sample(
+    logits: jax.Array, sampling: Sampling, vocabulary: int, sequences: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Draws one token per row.
+
+    Args:
+      logits: float32 [B, V].
+      sampling: static.
+      vocabulary: ids from here on are padding and never drawn; static.
+      sequences: int32 [B], each row's sequence number.
+      positions: int32 [B], the position the token will take.
+
+    Returns:
+      int32 [B].
+    """
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, logits, -jnp.inf)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    count = min(sampling.top_k or vocabulary, vocabulary)
+    ranked, ids = lax.top_k(logits / sampling.temperature, count)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    base = jax.random.key(sampling.seed)
+
+    def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(base, sequence), position)
+        return jax.random.categorical(key, row)
+
+    place = jax.vmap(draw)(ranked, sequences, positions)
+    return jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
