@@ -84,6 +84,7 @@ def _tile_dot(x: jax.Array, tile: jax.Array | QArray) -> jax.Array:
     if not isinstance(tile, QArray):
         return dot(x, tile.astype(jnp.float32))
     bk = tile.block[1] or tile.shape[-1]
+    parts: tuple[tuple[jax.Array, jax.Array], ...]
     if tile.format.packed:
         # Interleaving the nibbles costs six times as much as splitting the activations into even and odd channels.
         parts = ((x[:, 0::2], tile.codes & 0xF), (x[:, 1::2], tile.codes >> 4))
@@ -110,7 +111,7 @@ def dequantise_tile(tile: jax.Array | QArray) -> jax.Array:
     """A tile as float32 [rows, K], each code times its scale rounded once."""
     if not isinstance(tile, QArray):
         return tile.astype(jnp.float32)
-    rows, k = tile.shape
+    rows = tile.shape[0]
     if tile.scales is not None and tile.scales.shape[0] != rows:
         scales = jnp.broadcast_to(tile.scales, (rows, tile.scales.shape[1]))
         tile = dataclasses.replace(tile, scales=scales)

@@ -138,7 +138,7 @@ def generate(options: argparse.Namespace) -> int:
         steps += timing.token_s
         compiled += timing.compile_s
         for prompt, output in zip(part, outputs, strict=True):
-            entry = {
+            entry: dict[str, Any] = {
                 "prompt_ids": prompt.ids,
                 "output_ids": output.ids,
                 "text": text.decode(output.ids) if text else None,

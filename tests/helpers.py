@@ -1,0 +1,133 @@
+"""What the tests of the model share: goldens loaded once, compiled steps kept, seeds that are printed, distances."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import emulator as em
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.cache import Cache, init_cache
+from dsjax.checkpoint.load import load
+from dsjax.config import Config
+from dsjax.models import v3
+from dsjax.numerics import Numerics
+from dsjax.params import Tree
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
+NAMES: tuple[str, ...] = tuple(sorted(p.name for p in GOLDENS.iterdir() if p.is_dir()))
+FLOAT32 = Numerics("plain", "float32")
+
+SEED = int(os.environ.get("DSJAX_TEST_SEED", 20_000 + datetime.date.today().toordinal()))
+"""Of everything that is sampled; a new one each day. Every assertion on sampled cases prints it."""
+
+
+def rng(*key: int) -> np.random.Generator:
+    """A generator of the run's seed and a key of the caller's."""
+    return np.random.default_rng([SEED, *key])
+
+
+def sampled(names: tuple[str, ...], count: int, *key: int) -> tuple[str, ...]:
+    """`count` of the names, drawn by the run's seed, in their order."""
+    chosen = rng(*key).choice(len(names), count, replace=False)
+    return tuple(names[i] for i in sorted(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A checkpoint folder in memory, and Hugging Face's logits of it.
+
+    Attributes:
+      tokens: int32 [B, T].
+      logits: float32 [B, T, V].
+      mtp_logits: float32 [B, T - 1, V] or None.
+    """
+
+    folder: Path
+    config: Config
+    params: Tree
+    tokens: np.ndarray
+    logits: np.ndarray
+    mtp_logits: np.ndarray | None
+
+
+def read_golden(folder: Path) -> Golden:
+    """A folder as scripts/make_goldens.py writes it, the MTP module included where there is one."""
+    mtp = json.loads((folder / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
+    config, params, _ = load(folder, mtp=mtp)
+    with np.load(folder / "reference.npz") as reference:
+        arrays = dict(reference)
+    return Golden(folder, config, params, arrays["tokens"], arrays["logits"], arrays.get("mtp_logits"))
+
+
+@lru_cache
+def golden(name: str) -> Golden:
+    """A committed golden, loaded once."""
+    return read_golden(GOLDENS / name)
+
+
+@lru_cache
+def emulated(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A committed golden as the emulator reads it: weights by checkpoint name, config.json."""
+    return em.load_folder(GOLDENS / name)
+
+
+@lru_cache
+def step_of(config: Config, numerics: Numerics, want: str = "all") -> Any:
+    """The step jitted, its cache not donated, so that a test may go on twice from one state."""
+    return jax.jit(partial(v3.step, config, numerics, want=want))
+
+
+@lru_cache
+def draft_of(config: Config, numerics: Numerics, want: str = "all") -> Any:
+    """The MTP module jitted, its cache not donated."""
+    return jax.jit(partial(v3.draft, config, numerics, want=want))
+
+
+def counts(*n_new: int) -> jax.Array:
+    """int32 [B], how many new tokens each slot takes."""
+    return jnp.array(n_new, jnp.int32)
+
+
+def one_shot(
+    model: Golden, tokens: np.ndarray, numerics: Numerics = FLOAT32, cache: Cache | None = None
+) -> tuple[np.ndarray, jax.Array, Cache]:
+    """Logits float32 [B, T, V], hidden [B, T, D] and cache of one step that takes all of `tokens` [B, T]."""
+    batch, length = tokens.shape
+    cache = init_cache(model.config, batch, length, numerics.dtype) if cache is None else cache
+    new = jnp.asarray(tokens, jnp.int32)
+    logits, hidden, cache = step_of(model.config, numerics)(model.params, cache, new, counts(*[length] * batch))
+    return np.asarray(logits), hidden, cache
+
+
+def one_shot_draft(model: Golden, hidden: jax.Array, tokens: np.ndarray, numerics: Numerics = FLOAT32) -> np.ndarray:
+    """The MTP module's logits float32 [B, T - 1, V]: row i from hidden [B, T, D] at i and the token at i + 1."""
+    batch, length = tokens.shape
+    cache = init_cache(model.config, batch, length, numerics.dtype, layers=1)
+    draft = draft_of(model.config, numerics)
+    following = jnp.asarray(tokens[:, 1:], jnp.int32)
+    logits, _, _ = draft(model.params, cache, hidden[:, :-1], following, counts(*[length - 1] * batch))
+    return np.asarray(logits)
+
+
+def worst(x: Any, reference: Any) -> float:
+    """max |x - reference| over max |reference|; NaN if anything is."""
+    x, reference = np.asarray(x, np.float32), np.asarray(reference, np.float32)
+    assert x.shape == reference.shape, (x.shape, reference.shape)
+    return float(np.abs(x - reference).max() / np.abs(reference).max())
+
+
+def relative_norm(x: Any, reference: Any) -> float:
+    """|x - reference| / |reference|."""
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    assert x.shape == reference.shape, (x.shape, reference.shape)
+    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))

@@ -1,0 +1,29 @@
+"""Every committed golden: plain float32 logits against Hugging Face's, in both forms of attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import NAMES, golden, one_shot, one_shot_draft, worst
+
+from dsjax.numerics import Numerics
+
+BOUND = 2e-5  # of the largest logit, against Hugging Face (design section 6)
+
+
+def test_all_goldens_are_here() -> None:
+    """A folder that got lost would make the tests below pass on less."""
+    assert len(NAMES) == 14
+    assert sum(golden(name).mtp_logits is not None for name in NAMES) == 1
+
+
+@pytest.mark.parametrize("mla", ["naive", "absorbed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name: str, mla: str) -> None:
+    """At every position of every row; and the MTP module's where the checkpoint has one."""
+    model, numerics = golden(name), Numerics("plain", "float32", mla)
+    logits, hidden, cache = one_shot(model, model.tokens, numerics)
+    assert worst(logits, model.logits) <= BOUND
+    np.testing.assert_array_equal(cache.length, [model.tokens.shape[1]] * len(model.tokens))
+    if model.mtp_logits is not None:
+        assert worst(one_shot_draft(model, hidden, model.tokens, numerics), model.mtp_logits) <= BOUND
