@@ -1,8 +1,8 @@
 """Bytes on disk -> arrays on devices, in their stored format, a bounded region at a time.
 
-A stack of all layers' experts is hundreds of gigabytes, so no leaf is ever assembled on the host. Each device's shard
-is allocated on the device and filled region by region; a region holds at most STAGING_BYTES, or one matrix row where a
-row is larger than that.
+A stack of all layers' experts is hundreds of gigabytes, so no leaf is ever assembled beside the device. Each device's
+shard is allocated once and filled region by region; a region holds at most STAGING_BYTES, or one matrix row where a
+row is larger than that. A CPU device's memory is the host's: its shard is filled where it will stay, with no staging.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Region = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass
 class LoadStats:
-    """What a load did: tensor bytes moved, and the most that was staged on the host at once."""
+    """What a load did: tensor bytes moved, the most that was staged on the host at once, and regions staged."""
 
     bytes: int = 0
     peak_staging_bytes: int = 0
     regions: int = 0
 
     def staged(self, nbytes: int) -> None:
-        self.bytes += nbytes
+        """Counts one region that passed through host memory on its way to a device."""
         self.regions += 1
         self.peak_staging_bytes = max(self.peak_staging_bytes, nbytes)
 
@@ -82,8 +82,21 @@ def load_plan(config: Config, stored: dict[Any, Stored], *, mtp: bool = False) -
             for array in leaf_arrays(row, config, stored[row.path]).values():
                 whole = tuple((0, n) for n in array.shape)
                 for region in split_region(whole, array.dtype.itemsize):
-                    stats.staged(math.prod(b - a for a, b in region) * array.dtype.itemsize)
+                    nbytes = math.prod(b - a for a, b in region) * array.dtype.itemsize
+                    stats.staged(nbytes)
+                    stats.bytes += nbytes
     return stats
+
+
+_ALIGNMENT = 64  # bytes; XLA:CPU adopts a NumPy array so aligned instead of copying it
+
+
+def _host_buffer(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that XLA:CPU can adopt as a device's array."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -92,7 +105,8 @@ def _fill(buffer: jax.Array, piece: jax.Array, start: list[jax.Array]) -> jax.Ar
 
 
 class _Loader:
-    def __init__(self, files: Files, config: Config, stats: LoadStats, progress: tqdm[Any]) -> None:
+    def __init__(self, files: Files, config: Config, stats: LoadStats, progress: tqdm[Any], in_place: bool) -> None:
+        self.in_place = in_place
         self.files = files
         self.config = config
         self.stats = stats
@@ -110,33 +124,49 @@ class _Loader:
             return view.astype(np.float32)
         return view.view(dtype)
 
-    def _stage(self, row: Row, part: str, region: Region, dtype: np.dtype) -> np.ndarray:
-        """Assembles one region on the host."""
+    def _read(self, row: Row, part: str, region: Region, out: np.ndarray) -> None:
+        """Copies one region of a leaf from the files into `out`, of the region's shape."""
         lead = len(row.stacking)
         inner = tuple(slice(a, b) for a, b in region[lead:])
-        out = np.empty([b - a for a, b in region], dtype)
         for offset in np.ndindex(out.shape[:lead]):
             index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
             name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
-            out[offset] = self._view(name, dtype, part)[inner]
+            out[offset] = self._view(name, out.dtype, part)[inner]
             self.files.release(name)
-        return out
+        self.stats.bytes += out.nbytes
+        self.progress.update(out.nbytes)
+
+    def _in_place(self, row: Row, part: str, bounds: Region, dtype: np.dtype) -> np.ndarray:
+        """A host device's part of an array, filled where it will stay."""
+        buffer = _host_buffer([b - a for a, b in bounds], dtype)
+        for region in split_region(bounds, dtype.itemsize):
+            inside = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(region, bounds, strict=True))
+            self._read(row, part, region, buffer[inside])
+        return buffer
+
+    def _staged(self, row: Row, part: str, bounds: Region, dtype: np.dtype, where: Sharding) -> jax.Array:
+        """Another device's part, filled through host memory a region at a time."""
+        buffer = jnp.zeros([b - a for a, b in bounds], dtype, device=where)
+        for region in split_region(bounds, dtype.itemsize):
+            piece = np.empty([b - a for a, b in region], dtype)
+            self._read(row, part, region, piece)
+            self.stats.staged(piece.nbytes)
+            start = [jnp.int32(a - low) for (a, _), (low, _) in zip(region, bounds, strict=True)]
+            # Waiting keeps one staging buffer alive at a time.
+            buffer = jax.block_until_ready(_fill(buffer, jax.device_put(piece, where), start))
+        return buffer
 
     def array(self, row: Row, part: str, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-        """One array of a leaf, each device's shard filled in regions."""
+        """One array of a leaf, shard by shard."""
         shards = []
         for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-            bounds = [s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True)]
-            where = SingleDeviceSharding(device)
-            buffer = jnp.zeros([b - a for a, b in bounds], spec.dtype, device=where)
-            for region in split_region(tuple(bounds), spec.dtype.itemsize):
-                piece = self._stage(row, part, region, np.dtype(spec.dtype))
-                start = [jnp.int32(a - low) for (a, _), (low, _) in zip(region, bounds, strict=True)]
-                # Waiting keeps one staging buffer alive at a time.
-                buffer = jax.block_until_ready(_fill(buffer, jax.device_put(piece, where), start))
-                self.stats.staged(piece.nbytes)
-                self.progress.update(piece.nbytes)
-            shards.append(buffer)
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True))
+            dtype, where = np.dtype(spec.dtype), SingleDeviceSharding(device)
+            if self.in_place and device.platform == "cpu":
+                host = self._in_place(row, part, bounds, dtype)
+                shards.append(jax.device_put(host, where, may_alias=True))
+            else:
+                shards.append(self._staged(row, part, bounds, dtype, where))
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
     def leaf(self, row: Row, stored: Stored, shardings: Any) -> Any:
@@ -154,6 +184,7 @@ def load(
     mtp: bool = False,
     sharding: Sharding | None = None,
     progress: bool = False,
+    in_place: bool = True,
 ) -> tuple[Config, Tree, LoadStats]:
     """Loads a checkpoint folder.
 
@@ -162,6 +193,7 @@ def load(
       mtp: load the MTP module too.
       sharding: where every array goes; the first device by default.
       progress: show a progress bar on standard error.
+      in_place: fill a CPU device's arrays where they stay; False goes through staging as for any other device.
 
     Returns:
       The config; the parameters in their stored format (see `params.abstract_params`); what the load did.
@@ -188,6 +220,6 @@ def load(
         ]
         total = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-            loader = _Loader(files, config, stats, bar)
+            loader = _Loader(files, config, stats, bar, in_place)
             tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, stored[row.path], where))
     return config, tree, stats
