@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from dsjax.presets import PRESETS, preset
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
 _MAX_SIZE = 1 << 24  # far above any axis of any model; keeps products inside 64 bits
+_MAX_EXPERTS = 1 << 16
+_MIN_NUMBER, _MAX_NUMBER = 1e-30, 1e30  # what float32 holds with room to compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,10 @@ class _Fields:
         self.where = where
 
     def fail(self, name: str, expected: str) -> InputError:
-        found = json.dumps(self.data[name])[:80] if name in self.data else "nothing"
+        value = self.data.get(name)
+        # reprlib stops at a depth; json.dumps would recurse into whatever nesting the file has.
+        text = reprlib.repr(value) if isinstance(value, dict | list) else json.dumps(value)[:80]
+        found = text if name in self.data else "nothing"
         return InputError(f"{self.where}: field {name!r}: expected {expected}, found {found}")
 
     def integer(self, name: str, *, low: int = 1, high: int = _MAX_SIZE, default: int | None = None) -> int:
@@ -119,14 +126,14 @@ class _Fields:
             raise self.fail(name, f"an integer from {low} to {high}")
         return value
 
-    def number(self, name: str, *, low: float = 0.0, default: float | None = None) -> float:
+    def number(self, name: str, *, low: float = _MIN_NUMBER, default: float | None = None) -> float:
         value = self.data.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= low:
-            raise self.fail(name, f"a finite number above {low:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= _MAX_NUMBER:
+            raise self.fail(name, f"a number from {low:g} to {_MAX_NUMBER:g}")
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
-        return None if self.data.get(name) is None else self.number(name, low=-1e-30)
+        return None if self.data.get(name) is None else self.number(name, low=0.0)
 
     def choice(self, name: str, choices: tuple[Any, ...], default: Any = None) -> Any:
         value = self.data.get(name, default)
@@ -173,6 +180,15 @@ def _quantization(fields: _Fields) -> Quantization | None:
     if block != [128, 128]:
         raise section.fail("weight_block_size", "[128, 128]")
     return Quantization((128, 128), scale_fmt)
+
+
+def token_ids(data: dict[str, Any], name: str, vocab_size: int, where: str) -> tuple[int, ...]:
+    """The ids in a field that holds an id, a list of ids, or nothing.
+
+    Raises:
+      InputError: for anything else, or ids outside the vocabulary.
+    """
+    return _token_ids(_Fields(data, where), name, vocab_size)
 
 
 def _token_ids(fields: _Fields, name: str, vocab_size: int) -> tuple[int, ...]:
@@ -230,7 +246,7 @@ def parse_config(data: dict[str, Any], where: str = "config.json") -> Config:
         qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
         qk_rope_head_dim=fields.integer("qk_rope_head_dim"),
         v_head_dim=fields.integer("v_head_dim"),
-        n_routed_experts=fields.integer("n_routed_experts", default=None if moe else 1),
+        n_routed_experts=fields.integer("n_routed_experts", high=_MAX_EXPERTS, default=None if moe else 1),
         n_shared_experts=fields.integer("n_shared_experts", default=None if moe else 1),
         num_experts_per_tok=fields.integer("num_experts_per_tok", default=None if moe else 1),
         n_group=fields.integer("n_group", default=1),
@@ -242,7 +258,7 @@ def parse_config(data: dict[str, Any], where: str = "config.json") -> Config:
         norm_topk_prob=fields.choice("norm_topk_prob", (True, False), default=v3),
         routed_scaling_factor=fields.number("routed_scaling_factor", default=2.5 if v3 else 1.0),
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
-        rope_theta=theta_in.number("rope_theta", low=1.0, default=10000.0),
+        rope_theta=theta_in.number("rope_theta", low=1.0 + 1e-6, default=10000.0),
         yarn=_yarn(fields),
         max_position_embeddings=fields.integer("max_position_embeddings", default=163840),
         bos_token_id=bos[0] if bos else None,
@@ -297,7 +313,7 @@ def load_config(model: str | Path) -> Config:
       InputError: if it is neither, or the config is not one this code base runs.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, not OSError, for a name that cannot be one
         path = folder / "config.json"
         return parse_config(read_json_object(path), str(path))
     if str(model) in PRESETS:

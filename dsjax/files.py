@@ -19,9 +19,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
       InputError: if `out` exists and is not an empty folder, or cannot be made.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: expected no such file or an empty folder, found something there")
     try:
+        if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+            raise InputError(f"{out}: expected no such file or an empty folder, found something there")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as e:
@@ -34,6 +34,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_file(out: Path) -> None:
+    """Refuses a file that `new_file` could not write, before the work that makes its content.
+
+    Raises:
+      InputError: if `out` is a folder, or its folder does not exist or cannot be written to.
+    """
+    if os.path.isdir(out):
+        raise InputError(f"{out}: expected the name of a file to write, found a folder")
+    if not os.path.isdir(out.parent):
+        raise InputError(f"{out}: expected an existing folder to write to, found none")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out}: expected a folder that can be written to, found one that cannot")
 
 
 @contextmanager

@@ -134,15 +134,18 @@ def encode(values: jax.Array, fmt: Format) -> jax.Array:
 
     Args:
       values: float32 [...].
-      fmt: E4M3, E5M2, E2M1, INT8, INT4, BF16 or F16. Integers and E2M1 have no NaN; a NaN there gives code 0.
+      fmt: E4M3, E5M2, E2M1, INT8, INT4, BF16 or F16. Integers and E2M1 have no NaN; a NaN there gives zero.
 
     Returns:
       uint8 [...] (uint16 for the 16-bit formats).
     """
-    if fmt in (E4M3, E5M2):
-        # The cast itself overflows to NaN (E4M3) or infinity (E5M2), so clip first.
-        clipped = jnp.clip(values, -fmt.max, fmt.max)
-        return lax.bitcast_convert_type(clipped.astype(fmt.dtype), jnp.uint8)
+    if fmt == E4M3:
+        clipped = jnp.clip(values, -fmt.max, fmt.max)  # the cast itself overflows to NaN
+        return lax.bitcast_convert_type(clipped.astype(fmt.dtype), fmt.code_dtype)
+    if fmt in (E5M2, BF16, F16):
+        # The cast overflows to infinity, whose code follows that of the maximum. (A clip would flush bf16 subnormals.)
+        cast = values.astype(fmt.dtype)
+        return lax.bitcast_convert_type(cast, fmt.code_dtype) - jnp.isinf(cast).astype(fmt.code_dtype)
     if fmt == E2M1:
         # Thresholds are the midpoints of 0, .5, 1, 1.5, 2, 3, 4, 6; a tie goes to the even code.
         a = jnp.abs(values)
@@ -153,10 +156,6 @@ def encode(values: jax.Array, fmt: Format) -> jax.Array:
         integer = jnp.clip(jnp.round(jnp.nan_to_num(values)), -fmt.max, fmt.max).astype(jnp.int8)
         codes = lax.bitcast_convert_type(integer, jnp.uint8)
         return codes & 0xF if fmt == INT4 else codes
-    if fmt == BF16:
-        return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
-    if fmt == F16:
-        return lax.bitcast_convert_type(values.astype(jnp.float16), jnp.uint16)
     raise ValueError(f"no encoder for {fmt.name}")
 
 

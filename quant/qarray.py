@@ -57,8 +57,8 @@ class QArray:
         """Indexes leading axes (all but the last two); `...` is the array itself."""
         if index is Ellipsis:
             return self
-        count = len(index) if isinstance(index, tuple) else 1
-        if count > self.ndim - 2:
+        indices = index if isinstance(index, tuple) else (index,)
+        if len(indices) > self.ndim - 2 or any(i is Ellipsis for i in indices):
             raise IndexError(
                 f"a QArray is indexed on its leading {self.ndim - 2} axes only; use `tile` inside a matrix"
             )

@@ -81,7 +81,7 @@ def agree(files: Files, config: Config) -> dict[Path, Stored]:
         )
     for name in files:
         if name not in known and not _IGNORED.search(name):
-            raise InputError(f"{files[name].path}: tensor {name}: expected no such tensor in a {config.model_type}")
+            raise InputError(f"{files[name].path}: tensor {name}: expected no such tensor in this {config.model_type}, found one")
     return stored
 
 
@@ -110,13 +110,13 @@ def check_values(files: Files, name: str) -> None:
     """
     view = files.read(name)
     if view.dtype == _FP8:
-        bad, expected = _has_nan_code(view), "no NaN code (0x7F, 0xFF)"
+        bad, expected, found = _has_nan_code(view), "no NaN code", "0x7F or 0xFF"
     elif view.dtype in (_E8M0, np.dtype(np.uint8)):
-        bad, expected = bool((view.view(np.uint8) == 0xFF).any()), "no NaN scale (0xFF)"
+        bad, expected, found = bool((view.view(np.uint8) == 0xFF).any()), "no NaN scale", "0xFF"
     else:
-        bad, expected = not _finite(view), "finite values"
+        bad, expected, found = not _finite(view), "finite values", "NaN or infinity"
     if bad:
-        raise InputError(f"{files[name].path}: tensor {name}: expected {expected}, found at least one")
+        raise InputError(f"{files[name].path}: tensor {name}: expected {expected}, found {found}")
 
 
 def check_copies(files: Files, row: Row, original: Row) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -159,7 +159,8 @@ class _Loader:
     def array(self, row: Row, part: str, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
         """One array of a leaf, shard by shard."""
         shards = []
-        for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        parts: Mapping[Any, Any] = sharding.addressable_devices_indices_map(spec.shape)
+        for device, index in parts.items():
             bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True))
             dtype, where = np.dtype(spec.dtype), SingleDeviceSharding(device)
             if self.in_place and device.platform == "cpu":

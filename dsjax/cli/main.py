@@ -18,7 +18,7 @@ from dsjax.presets import PRESETS
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}")
+        raise InputError(f"{self.prog.removeprefix('dsjax').strip()}: {message}".removeprefix(": "))
 
 
 def _positive(text: str) -> int:
@@ -29,6 +29,16 @@ def _positive(text: str) -> int:
 
 
 _positive.__name__ = "positive integer"
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise ValueError
+    return value
+
+
+_seed.__name__ = "integer from 0 to 2^63 - 1"
 
 
 def _ids(text: str) -> list[int]:
@@ -46,6 +56,8 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+    except RecursionError:
+        raise ValueError from None
 
 
 _setting.__name__ = "key=value"
@@ -73,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--layers", type=_positive, metavar="N")
     p.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="settings")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.set_defaults(run=verbs.synth)
 
     p = commands.add_parser("inspect", parents=[common], help="count parameters and bytes; check a checkpoint")
@@ -95,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.set_defaults(run=verbs.generate)
 
     p = commands.add_parser("score", parents=[common], help="logits at every position")
@@ -114,6 +126,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _start_jax(options: argparse.Namespace) -> None:
+    """Sets the platform and the compilation cache, and makes sure that there is a device.
+
+    Raises:
+      InputError: naming the flag.
+    """
+    if options.platform:
+        jax.config.update("jax_platforms", options.platform)
+    if options.compile_cache:
+        try:
+            options.compile_cache.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--compile-cache {options.compile_cache}: {e.strerror}") from None
+        jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # jax asserts that a known platform without a device exists
+        where = f"--platform {options.platform}" if options.platform else "environment variable JAX_PLATFORMS"
+        raise InputError(f"{where}: expected a platform with a device, found none: {e}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
@@ -122,18 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = build_parser().parse_args(arguments)
-        if options.platform:
-            jax.config.update("jax_platforms", options.platform)
-        if options.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        try:
-            jax.devices()
-        except RuntimeError as e:
-            raise InputError(f"--platform {options.platform}: {e}") from None
+        _start_jax(options)
         return options.run(options)
     except InputError as e:
         print(f"dsjax: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise  # a bug of ours or of the compiler's, whose traceback is wanted
+        print(f"dsjax: not enough memory: {' '.join(str(e).split())[:300]}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
