@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt16
 
 from dsjax.config import Config
 from dsjax.errors import InputError
@@ -23,6 +24,9 @@ SPARE = 8
 
 STATE_VERSION = 1
 
+Latent = Float32[Array, "L B S A"] | UInt16[Array, "L B S A"]
+"""Cached rows; uint16 holds bfloat16 bits: XLA:CPU would widen a whole bfloat16 cache at every slice."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["latent", "length"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Cache:
 
     Attributes:
       latent: [L, B, S, A]: per position the normalised latent (C values) and the rotated shared key (R values).
-        float32, or uint16 holding bfloat16 bits: XLA:CPU would widen a whole bfloat16 cache at every slice.
+        See `Latent` for its types.
       length: int32 [B], tokens in each slot; the only truth about positions.
     """
 
@@ -66,7 +70,13 @@ def init_cache(config: Config, batch: int, max_length: int, dtype: str, *, layer
     return Cache(latent, jnp.zeros(batch, jnp.int32))
 
 
-def write(latent: jax.Array, layer: Any, positions: jax.Array, valid: jax.Array, rows: jax.Array) -> jax.Array:
+def write(
+    latent: Latent,
+    layer: Any,
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    rows: Float[Array, "B T A"],
+) -> Latent:
     """Puts new rows into one layer, in place where the array is donated; rows that are not valid change no bit.
 
     Args:
@@ -84,7 +94,7 @@ def write(latent: jax.Array, layer: Any, positions: jax.Array, valid: jax.Array,
     return latent.at[layer, slots, where].set(rows.astype(latent.dtype), mode="drop", unique_indices=True)
 
 
-def read_block(latent: jax.Array, layer: Any, block: Any) -> jax.Array:
+def read_block(latent: Latent, layer: Any, block: Any) -> Float32[Array, "B keys A"]:
     """float32 [B, KEY_BLOCK or S, A]: rows of one layer from position block * KEY_BLOCK on."""
     _, batch, capacity, width = latent.shape
     size = min(capacity, KEY_BLOCK)
@@ -92,7 +102,7 @@ def read_block(latent: jax.Array, layer: Any, block: Any) -> jax.Array:
     return decode(rows, BF16) if rows.dtype == jnp.uint16 else rows
 
 
-def rollback(cache: Cache, tokens: jax.Array) -> Cache:
+def rollback(cache: Cache, tokens: Int32[Array, " B"]) -> Cache:
     """Forgets the last tokens [B] of each slot."""
     return dataclasses.replace(cache, length=cache.length - tokens)
 

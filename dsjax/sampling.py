@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32, Int32
 
 from dsjax.errors import InputError
 
@@ -37,8 +38,12 @@ class Sampling:
 
 
 def sample(
-    logits: jax.Array, sampling: Sampling, vocabulary: int, sequences: jax.Array, positions: jax.Array
-) -> jax.Array:
+    logits: Float32[Array, "B V"],
+    sampling: Sampling,
+    vocabulary: int,
+    sequences: Int32[Array, " B"],
+    positions: Int32[Array, " B"],
+) -> Int32[Array, " B"]:
     """Draws one token per row.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def _content(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """The templates' tojson: jinja's own would escape <, > and & for HTML."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +66,24 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the begin-of-sentence token in front where the checkpoint asks for it, never twice."""
-        ids = self.tokenizer.encode(text, add_special_tokens=True).ids
+        ids = self._ids(text, special=True)
         if self.settings.get("add_bos_token") and self.bos is not None and ids[:1] != [self.bos]:
             ids = [self.bos, *ids]
         return ids
 
     def encode_chat(self, messages: Sequence[Message], *, thinking: bool = False) -> list[int]:
         """Ids of a conversation with the generation prompt; the template writes begin-of-sentence itself."""
-        return self.tokenizer.encode(self.render(messages, thinking=thinking), add_special_tokens=False).ids
+        return self.encode_rendered(self.render(messages, thinking=thinking))
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """Ids of what `render` gave."""
+        return self._ids(rendered, special=False)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        except Exception as e:  # not Unicode (a lone surrogate), or a tokenizer without a rule for some of it
+            raise InputError(f"{self.folder}: expected text that the tokenizer can encode, found: {e}") from None
 
     def render(self, messages: Sequence[Message], *, thinking: bool = False) -> str:
         """The conversation as text, by the checkpoint's own template.
@@ -83,9 +99,11 @@ class Text:
         def refuse(message: str) -> str:
             raise jinja2.TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
-        environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+        environment.filters["tojson"] = _to_json
         try:
             return environment.from_string(self.template).render(
                 messages=list(messages),
@@ -111,21 +129,29 @@ def load_text(folder: Path) -> Text | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
+    model = read_json_object(path).get("model")
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # aborts the process in tokenizers 0.22
+        raise InputError(f"{path}: model: expected a byte-level tokenizer, found one with a continuing_subword_prefix")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
         raise InputError(f"{path}: expected a tokenizer, found something unreadable: {e}") from None
+    tokenizer.no_truncation()  # saved with the file, but meant for training
+    tokenizer.no_padding()
     config_path = folder / "tokenizer_config.json"
     settings = read_json_object(config_path) if config_path.is_file() else {}
     template = settings.get("chat_template")
     file = folder / "chat_template.jinja"
+    source = config_path
     if file.is_file():
+        source = file
         template = file.read_text(encoding="utf-8", errors="replace")
     if isinstance(template, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     if template is not None and (not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARS):
-        raise InputError(f"{config_path}: chat_template: expected text, found {json.dumps(template)[:60]}")
+        raise InputError(f"{source}: chat template: expected text, found {reprlib.repr(template)}")
     return Text(tokenizer, settings, template, folder)
 
 
@@ -135,24 +161,31 @@ class Stream:
     DeepSeek's tokenizers are byte-level, so text can be decoded in pieces that end on whole characters.
     """
 
-    _PATIENCE = 8  # tokens after which bytes that never become a character are shown as they are
-
     def __init__(self, text: Text, emit: Callable[[str], object]) -> None:
         self._text = text
         self._emit = emit
         self._held: list[int] = []
+        self._shown = 0  # characters of `_held` that are out already
 
     def push(self, token: int) -> None:
         """Takes the next id."""
         self._held.append(token)
-        if len(self._held) >= self._PATIENCE or not self._text.decode(self._held).endswith("\ufffd"):
-            self.finish()
+        text = self._text.decode(self._held)
+        # However many bytes are not valid, only the last replacement character can still become part of another.
+        whole = not text.endswith("\ufffd")
+        self._show(text if whole else text[:-1])
+        if whole:
+            self._held, self._shown = [], 0
 
     def finish(self) -> None:
         """Emits what was held back."""
-        if self._held:
-            self._emit(self._text.decode(self._held))
-            self._held = []
+        self._show(self._text.decode(self._held))
+        self._held, self._shown = [], 0
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._shown:
+            self._emit(text[self._shown :])
+            self._shown = len(text)
 
 
 def split_thinking(prompt: str, output: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, F16, FORMATS, INT4, INT8, Format
 from quant.matmul import (
     block_scaled_dot,
-    dequantise_tile,
     group_size,
     group_tokens,
     grouped_matmul,
@@ -30,7 +29,6 @@ __all__ = [
     "act_quant",
     "block_scaled_dot",
     "dequantise",
-    "dequantise_tile",
     "fake_act_quant",
     "fake_quantise",
     "group_size",

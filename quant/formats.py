@@ -183,6 +183,7 @@ def exact_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a / b` with IEEE rounding, b broadcast against a.
 
     XLA rewrites division by a broadcast value into multiplication by its reciprocal, which moves a third of float32
-    quotients by one ulp (measured on XLA:CPU). The barrier hides the broadcast.
+    quotients by one ulp (measured on XLA:CPU). The barrier hides the broadcast; the select makes the divisor depend on
+    every element of `a`, else `jax.vmap` over `a` alone would broadcast it after the barrier.
     """
-    return a / lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
+    return a / lax.optimization_barrier(jnp.where(jnp.isnan(a), a, b))

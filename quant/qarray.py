@@ -66,37 +66,36 @@ class QArray:
             self, codes=self.codes[index], scales=None if self.scales is None else self.scales[index]
         )
 
-    def tile(self, index: tuple[Any, ...], start: Any, rows: int, *, aligned: bool) -> QArray:
-        """Rows `start : start + rows` of the matrix at leading `index`, as a QArray [rows, K] with block (1, bk).
+    def tile(self, index: tuple[Any, ...], start: Any, rows: int, *, stride: int) -> QArray:
+        """Rows `start : start + rows` of the matrix at leading `index`, as a QArray [rows, K].
 
         Slices the codes where they lie, so that a scan over layers, experts or tiles copies nothing larger than the
-        tile. Scales come expanded to one row each; that is exact.
+        tile. Its row block is the part of a block that it covers, or one row where its start may cut a block.
 
         Args:
           index: one (possibly traced) index per leading axis.
           start: first row, static or traced.
           rows: static row count.
-          aligned: the caller's promise that the tile lies inside one row block, which saves a gather.
+          stride: a number that divides every `start` (0 if start is 0); it tells whether a tile cuts a block, and
+            where none is cut a gather is saved.
         """
         lead = len(index)
-        codes = lax.dynamic_slice(self.codes, (*index, start, 0), (1,) * lead + (rows, self.codes.shape[-1])).reshape(
-            rows, -1
-        )
+
+        def take(array: jax.Array, first: Any, count: int) -> jax.Array:
+            width = array.shape[-1]
+            return lax.dynamic_slice(array, (*index, first, 0), (1,) * lead + (count, width)).reshape(count, width)
+
+        codes = take(self.codes, start, rows)
         if self.scales is None:
             return dataclasses.replace(self, codes=codes)
         bn = self.block[0] or self.shape[-2]
-        kb = self.scales.shape[-1]
-        if aligned:
-            size = 1
-            first = start // bn
-        elif bn == 1:
-            size, first = rows, start
+        size = min(rows, bn)
+        if max(rows, bn) % size == 0 and stride % size == 0:
+            scales = take(self.scales, start // bn, rows // size)
         else:
-            size, first = self.scales.shape[-2], 0
-        scales = lax.dynamic_slice(self.scales, (*index, first, 0), (1,) * lead + (size, kb)).reshape(size, kb)
-        if not aligned and bn > 1:
-            scales = scales[(start + jnp.arange(rows)) // bn]
-        return dataclasses.replace(self, codes=codes, scales=scales, block=(1, self.block[1]))
+            size = 1
+            scales = take(self.scales, 0, self.scales.shape[-2])[(start + jnp.arange(rows)) // bn]
+        return dataclasses.replace(self, codes=codes, scales=scales, block=(size, self.block[1]))
 
 
 def scale_values(scales: jax.Array) -> jax.Array:

@@ -127,7 +127,7 @@ def test_encode_at_every_midpoint_and_its_neighbours(fmt: Format, compiled: bool
 def test_encode_saturates_at_the_largest_value(fmt: Format, compiled: bool) -> None:
     top = np.float32(fmt.max)
     infinity, largest = np.float32(np.inf), np.finfo(np.float32).max
-    beyond = np.float32([top, np.nextafter(top, infinity), min(float(top) * 1.04, largest), largest, infinity])
+    beyond = np.float32([top, np.nextafter(top, infinity), min(float(top) * 1.04, float(largest)), largest, infinity])
     got = run(lambda v: formats.encode(v, fmt), compiled, np.concatenate([beyond, -beyond]))
     np.testing.assert_array_equal(oracle_decode(got, fmt), np.repeat([top, -top], len(beyond)))
 
@@ -269,3 +269,18 @@ def test_exact_divide_by_a_constant(divisor: float) -> None:
     a = np.float32(np.random.default_rng(6).uniform(1e-4, 1e3, 50_000))
     got = run(lambda v: formats.exact_divide(v, jnp.float32(divisor)), True, a)
     assert_same_float32(got, a / np.float32(divisor))
+
+
+@both_modes
+def test_exact_divide_under_vmap_over_the_dividend(compiled: bool) -> None:
+    """vmap must not broadcast the divisor behind the guard."""
+    rng = np.random.default_rng(8)
+    a, b = np.float32(rng.uniform(1e-4, 1e3, (50, 400))), np.float32(rng.uniform(0.5, 3, (400,)))
+    for divisor in (np.float32(448), b):
+        want = a / divisor
+        assert_same_float32(run(jax.vmap(lambda v, d=divisor: formats.exact_divide(v, d)), compiled, a), want)
+    scales = np.float32(rng.uniform(0.5, 3, 50))
+    got = run(jax.vmap(formats.exact_divide, in_axes=(None, 0)), compiled, a[0], scales)
+    assert_same_float32(got, a[0] / scales[:, None])
+    with_nan = run(formats.exact_divide, compiled, np.float32([np.nan, np.inf, 1]), np.float32([2, 2, np.nan]))
+    assert_same_float32(with_nan, np.float32([np.nan, np.inf, np.nan]))

@@ -81,7 +81,9 @@ def agree(files: Files, config: Config) -> dict[Path, Stored]:
         )
     for name in files:
         if name not in known and not _IGNORED.search(name):
-            raise InputError(f"{files[name].path}: tensor {name}: expected no such tensor in this {config.model_type}, found one")
+            raise InputError(
+                f"{files[name].path}: tensor {name}: expected no such tensor in this {config.model_type}, found one"
+            )
     return stored
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path as FilePath
@@ -203,7 +204,7 @@ def load(
       InputError: before anything is moved if config and files disagree; while loading if a tensor holds NaN.
     """
     folder = FilePath(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, not OSError, for a name that cannot be one
         raise InputError(f"{folder}: expected a checkpoint folder, found none")
     config = load_config(folder)
     where = sharding or SingleDeviceSharding(jax.devices()[0])

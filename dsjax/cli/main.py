@@ -18,6 +18,7 @@ from dsjax.presets import PRESETS
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = message if len(message) < 400 else message[:400] + "..."
         raise InputError(f"{self.prog.removeprefix('dsjax').strip()}: {message}".removeprefix(": "))
 
 
@@ -168,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
+        return 2
+    except OSError as e:  # what no reader or writer of ours has put better
+        print(f"dsjax: {e.filename or 'environment'}: {e.strerror or e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dsjax: interrupted", file=sys.stderr)

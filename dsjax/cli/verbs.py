@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from dsjax.bench import bench as run_bench
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.safetensors import Files
-from dsjax.config import Config, load_config, read_json_object
+from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
-from dsjax.files import new_file
-from dsjax.generate import Engine
+from dsjax.files import check_new_file, new_file
+from dsjax.generate import Engine, check_ids
 from dsjax.numerics import Numerics
 from dsjax.params import accounting
 from dsjax.prompts import read_prompts, read_tokens
@@ -85,13 +87,19 @@ def inspect(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def _checkpoint_config(folder: Path) -> Config:
+    """The config of a folder; a preset's name, which has no weights, is refused."""
+    if not os.path.isdir(folder):
+        raise InputError(f"--model {folder}: expected a checkpoint folder, found none")
+    return load_config(folder)
+
+
 def _stop_ids(folder: Path, config: Config, text: Text | None) -> tuple[int, ...]:
     """Ids that end a sequence: the config's, generation_config.json's and the tokenizer's."""
     stop = set(config.eos_token_ids)
     path = folder / "generation_config.json"
     if path.is_file():
-        value = read_json_object(path).get("eos_token_id")
-        stop |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+        stop |= set(token_ids(read_json_object(path), "eos_token_id", config.vocab_size, str(path)))
     if text is not None and text.eos is not None:
         stop.add(text.eos)
     return tuple(sorted(stop))
@@ -102,12 +110,12 @@ def generate(options: argparse.Namespace) -> int:
     folder: Path = options.model
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     numerics = _numerics(options)
-    config = load_config(folder)
+    config = _checkpoint_config(folder)
     text = load_text(folder)
-    prompts = read_prompts(options, text)
+    prompts = read_prompts(options, text, config)
+    stop = _stop_ids(folder, config, text)
     config, params, _ = load(folder, progress=sys.stderr.isatty())
     engine = Engine(config, params, numerics.for_checkpoint(config), text.size if text else None)
-    stop = _stop_ids(folder, config, text)
 
     streaming = len(prompts) == 1 and not options.json
     shown = (lambda s: print(s, end="", flush=True)) if streaming else (lambda s: None)
@@ -165,15 +173,29 @@ def generate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """`dsjax score`."""
+    paths = [options.logits] + ([options.mtp_logits] if options.mtp_logits else [])
+    for path in paths:
+        check_new_file(path)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError(f"--mtp-logits {options.mtp_logits}: expected another file than --logits, found the same")
     tokens = read_tokens(options.tokens)
+    if options.mtp_logits and tokens.shape[1] < 2:
+        raise InputError(f"{options.tokens}: expected rows of at least 2 tokens for --mtp-logits, found 1")
     numerics = _numerics(options)
+    config = _checkpoint_config(options.model)
+    for i, row in enumerate(tokens.tolist()):
+        check_ids(row, config, f"{options.tokens}: row {i}")
+    if tokens.shape[1] > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise InputError(f"{options.tokens}: expected rows of at most {limit} tokens, found {tokens.shape[1]}")
     config, params, _ = load(options.model, mtp=options.mtp_logits is not None, progress=sys.stderr.isatty())
     engine = Engine(config, params, numerics.for_checkpoint(config))
     logits, drafts = engine.score(tokens, mtp=options.mtp_logits is not None)
-    outputs = [(options.logits, logits)] + ([(options.mtp_logits, drafts)] if drafts is not None else [])
-    for path, array in outputs:
-        with new_file(path) as temporary, temporary.open("wb") as f:
-            np.save(f, array)
+    with ExitStack() as stack:  # all files or none
+        temporaries = [stack.enter_context(new_file(path)) for path in paths]
+        for temporary, array in zip(temporaries, (logits, drafts), strict=False):
+            with temporary.open("wb") as f:
+                np.save(f, array)
     result = {"logits": str(options.logits), "shape": list(logits.shape)}
     if options.json:
         _print_json(result)

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
 
-from dsjax.cache import KEY_BLOCK, read_block, write
+from dsjax.cache import KEY_BLOCK, Latent, read_block, write
 from dsjax.config import Config
 from dsjax.layers.norm import rms_norm
-from dsjax.layers.rope import rope
+from dsjax.layers.rope import RopeTable, rope
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, dequantise_tile, take_tile
+from quant import QArray, dequantise, take_tile
 from quant.formats import exact_divide
 
 
@@ -90,16 +91,16 @@ def _visible(scores: jax.Array, positions: jax.Array, block: Any) -> jax.Array:
 
 
 def absorbed_attention(
-    q_nope: jax.Array,
-    q_rope: jax.Array,
-    latent: jax.Array,
+    q_nope: Float[Array, "B T H N"],
+    q_rope: Float[Array, "B T H R"],
+    latent: Latent,
     kv_b: jax.Array | QArray,
     layer: tuple[Any, Any],
-    positions: jax.Array,
-    blocks: jax.Array,
+    positions: Int32[Array, "B T"],
+    blocks: Int32[Array, ""],
     config: Config,
     numerics: Numerics,
-) -> jax.Array:
+) -> Float[Array, "B T H U"]:
     """Attention on the latent itself: kv_b is applied to queries and outputs instead of keys (spec V3 2.4).
 
     Args:
@@ -120,7 +121,7 @@ def absorbed_attention(
 
     def head_weight(i: Any, offset: int, rows: int) -> jax.Array:
         tile = take_tile(kv_b, (weight_layer,), i * g + offset, rows, stride=math.gcd(g, offset))
-        return numerics.round(dequantise_tile(tile))
+        return numerics.round(dequantise(tile) if isinstance(tile, QArray) else tile.astype(jnp.float32))
 
     def to_latent(_: None, i: jax.Array) -> tuple[None, jax.Array]:
         q = lax.dynamic_index_in_dim(q_nope, i, axis=2, keepdims=False)
@@ -146,16 +147,16 @@ def absorbed_attention(
 
 
 def naive_attention(
-    q_nope: jax.Array,
-    q_rope: jax.Array,
-    latent: jax.Array,
+    q_nope: Float[Array, "B T H N"],
+    q_rope: Float[Array, "B T H R"],
+    latent: Latent,
     kv_b: jax.Array | QArray,
     layer: tuple[Any, Any],
-    positions: jax.Array,
-    blocks: jax.Array,
+    positions: Int32[Array, "B T"],
+    blocks: Int32[Array, ""],
     config: Config,
     numerics: Numerics,
-) -> jax.Array:
+) -> Float[Array, "B T H U"]:
     """Attention on keys and values expanded from the latent, a block at a time (spec V3 2.4).
 
     Arguments and result as `absorbed_attention`; in native, kv_b is an FP8 product with quantised latents.
@@ -221,14 +222,14 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        latent: jax.Array,
+        x: Float[Array, "B T D"],
+        latent: Latent,
         layer: tuple[Any, Any],
-        positions: jax.Array,
-        valid: jax.Array,
-        blocks: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+        positions: Int32[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        blocks: Int32[Array, ""],
+        table: RopeTable,
+    ) -> tuple[Float[Array, "B T D"], Latent]:
         """Writes the new rows, then attends.
 
         Args:

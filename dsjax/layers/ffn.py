@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.config import Config
 from dsjax.layers.gate import moe_gate
@@ -15,7 +16,9 @@ from dsjax.params import Tree
 from quant import QArray, block_scaled_dot, group_size, group_tokens, grouped_matmul
 
 
-def swiglu(gate: jax.Array, up: jax.Array, numerics: Numerics) -> jax.Array:
+def swiglu(
+    gate: Float[Array, "*batch M"], up: Float[Array, "*batch M"], numerics: Numerics
+) -> Float[Array, "*batch M"]:
     """silu(gate) * up in float32, rounded once (spec V3 2.5)."""
     return numerics.round(jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32))
 
@@ -32,7 +35,7 @@ class SwiGLU(nnx.Module):
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
-    def __call__(self, x: jax.Array, layer: Any) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch D"], layer: Any) -> Float[Array, "*batch D"]:
         """[..., D] -> [..., D]."""
         linear = self.numerics.linear
         inner = swiglu(linear(x, self.gate[...], (layer,)), linear(x, self.up[...], (layer,)), self.numerics)
@@ -49,7 +52,14 @@ class Experts(nnx.Module):
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
-    def __call__(self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        choices: Int32[Array, "T k"],
+        weights: Float32[Array, "T k"],
+        valid: Bool[Array, " T"],
+        layer: Any,
+    ) -> Float32[Array, "T D"]:
         """sum_j weights[t, j] * expert(choices[t, j])(x[t]), float32 [T, D].
 
         Args:
@@ -88,7 +98,7 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(numerics, params["shared"])
         self.experts = Experts(config, numerics, params["experts"])
 
-    def __call__(self, x: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any) -> Float[Array, "B T D"]:
         """[B, T, D] -> [B, T, D], rounded once after everything is added in float32."""
         flat = x.reshape(-1, x.shape[-1])
         scores = block_scaled_dot(flat, self.router[...], (layer,))

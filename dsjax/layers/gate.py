@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32, Int32
 
 from dsjax.config import Config
 
 
-def moe_gate(scores: jax.Array, bias: jax.Array | None, config: Config) -> tuple[jax.Array, jax.Array]:
+def moe_gate(
+    scores: Float32[Array, "T E"], bias: Float32[Array, " E"] | None, config: Config
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Group-limited top-k routing in float32 (spec V3 2.6).
 
     "noaux_tc" (V3) adds a bias for the choice only and ranks groups by the sum of their two best experts;

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from dsjax.numerics import Numerics
 
 
-def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "*batch D"], gain: Float32[Array, " D"], eps: float) -> Float32[Array, "*batch D"]:
     """x * rsqrt(mean(x^2) + eps) * gain over the last axis, in float32 and not rounded (spec V3 2.1)."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
 def add_norm(
-    residual: jax.Array, delta: jax.Array, gain: jax.Array, eps: float, numerics: Numerics
-) -> tuple[jax.Array, jax.Array]:
+    residual: Float[Array, "*batch D"],
+    delta: Float[Array, "*batch D"],
+    gain: Float32[Array, " D"],
+    eps: float,
+    numerics: Numerics,
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
     """(residual + delta, its RMSNorm), the norm taken of the unrounded float32 sum (spec V3 2.1).
 
     Args:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 from dsjax.config import Config, yarn_magnitude
 
@@ -37,14 +37,18 @@ def rope_magnitude(config: Config) -> float:
     return yarn_magnitude(yarn.factor, 1.0)
 
 
-def rope_table(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+RopeTable = tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]]
+"""cos and sin of every position and pair."""
+
+
+def rope_table(config: Config, positions: Int[Array, "B T"]) -> RopeTable:
     """cos and sin, float32 [B, T, R/2], for int32 positions [B, T]; made once per step, not per layer."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     magnitude = rope_magnitude(config)
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float32[Array, "B T *H R"]:
     """Rotates the pairs (x[2i], x[2i+1]) of the last axis, in float32 (spec V3 2.3).
 
     Args:

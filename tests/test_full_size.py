@@ -1,0 +1,172 @@
+"""DeepSeek-V3 at its true size, without its bytes: accounting, tracing, lowering, export, and the plan of its load."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from dsjax.cache import Cache, init_cache
+from dsjax.checkpoint.load import STAGING_BYTES, leaf_arrays, load_plan
+from dsjax.config import Config, load_config, parse_config
+from dsjax.models import v3
+from dsjax.numerics import Numerics
+from dsjax.params import VECTOR, Row, abstract_params, accounting, is_mtp, leaf_shape, official_storage, table
+from dsjax.presets import preset
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config("deepseek-v3")
+
+
+def _sum(rows: list[Row], config: Config) -> int:
+    return sum(math.prod(leaf_shape(row, config)) for row in rows)
+
+
+def test_accounting(config: Config) -> None:
+    """Spec V3 7 and 3.1; the bytes are those of the 163 published files without their headers."""
+    assert accounting(config) == {
+        "parameters": 671_026_419_200,
+        "active_parameters": 36_625_618_432,
+        "mtp_parameters": 11_610_068_224,
+        "bytes": 688_574_839_360,
+        "kv_bytes_per_token": 70_272,
+    }
+
+
+def test_totals_by_part(config: Config) -> None:
+    """Each line of spec V3 7 from the rows of the table."""
+    dense = [r for r in table(config) if r.path[0] == "dense"]
+    moe = [r for r in table(config) if r.path[0] == "moe"]
+
+    def part(rows: list[Row], name: str) -> int:
+        layers = len(rows[0].layers)
+        total = _sum([r for r in rows if r.path[1] == name], config)
+        assert total % layers == 0
+        return total // layers
+
+    assert (len(dense[0].layers), len(moe[0].layers)) == (3, 58)
+    assert part(dense, "attention") == part(moe, "attention") == 187_107_328
+    assert part(dense, "ffn") == 396_361_728
+    assert part(moe, "experts") == 256 * 44_040_192
+    assert part(moe, "shared") == 44_040_192
+    assert part(moe, "router") == 1_835_264
+    ffn = ("router", "shared", "experts")
+    assert sum(part(moe, name) for name in ffn) == 11_320_164_608
+    # Spec V3 7 counts a layer as attention and FFN, then its two norms; embedding, head and final norm make it whole.
+    layer = sum(part(moe, name) for name in ("attention", *ffn))
+    norms = part(moe, "input_norm") + part(moe, "post_norm")
+    assert layer + norms == 11_507_286_272
+    assert norms == 2 * 7168
+    (embed,) = [r for r in table(config) if r.path == ("embed",)]
+    assert _sum([embed], config) == 926_679_040
+
+
+def _with_layers(layers: int) -> Config:
+    return parse_config({**preset("deepseek-v3"), "num_hidden_layers": layers})
+
+
+def test_leaves_do_not_grow_with_depth(config: Config) -> None:
+    """Nor does the tree change otherwise; only the leading axis of each stack does."""
+    deep, shallow = (abstract_params(c, mtp=True) for c in (config, _with_layers(4)))
+    assert jax.tree.structure(deep) == jax.tree.structure(shallow)
+    for a, b in zip(jax.tree.leaves(deep["moe"]), jax.tree.leaves(shallow["moe"]), strict=True):
+        assert (a.shape[0], b.shape[0]) == (58, 1)
+        assert (a.shape[1:], a.dtype) == (b.shape[1:], b.dtype)
+    # One leaf per array of a row of the table: none per layer, none per expert.
+    rows = [row for row in table(config) if row.copy_of is None]
+    assert len(jax.tree.leaves(deep)) == sum(len(leaf_arrays(r, config, official_storage(r, config))) for r in rows)
+
+
+_SUBPROCESS = """
+import dataclasses, json, resource, time
+start = time.perf_counter()
+import jax, jax.numpy as jnp
+from functools import partial
+from dsjax.cache import init_cache
+from dsjax.config import load_config
+from dsjax.models import v3
+from dsjax.numerics import Numerics
+from dsjax.params import abstract_params
+
+config, sizes = load_config("deepseek-v3"), {}
+for layers in (61, 8):
+    c = dataclasses.replace(config, num_hidden_layers=layers)
+    params = abstract_params(c)
+    cache = jax.eval_shape(partial(init_cache, c, 1, 4096, "bfloat16"))
+    for tokens in (1, 256):
+        step = jax.jit(partial(v3.step, c, Numerics()), donate_argnums=1)
+        new = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        sizes[f"{layers},{tokens}"] = len(step.lower(params, cache, *new).as_text())
+    if layers == 61:
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak": peak, "sizes": sizes}))
+"""
+
+
+def test_traces_and_lowers_fast_and_small() -> None:
+    """In a fresh process, imports included: decode and prefill of all 61 layers in 15 s and 2 GB.
+
+    The modules must not grow with depth: a program of 61 layers is at most a tenth longer than one of 8.
+    """
+    run = subprocess.run([sys.executable, "-c", _SUBPROCESS], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    print(found)
+    assert found["seconds"] < 15
+    assert found["peak"] < 2 * GB
+    for tokens in (1, 256):
+        assert found["sizes"][f"61,{tokens}"] <= 1.10 * found["sizes"][f"8,{tokens}"]
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_exports(config: Config, tokens: int) -> None:
+    """The 671B step as bytes, read back with the same arguments, the same results and the same tree."""
+    params: Any = abstract_params(config)
+    cache = jax.eval_shape(partial(init_cache, config, 1, 4096, "bfloat16"))
+    step = jax.jit(partial(v3.step, config, Numerics()), donate_argnums=1)
+    new, row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    exported = export.export(step)(params, cache, new, row)
+    blob = exported.serialize()
+    again = export.deserialize(blob)
+    assert again.in_avals == exported.in_avals
+    assert again.out_avals == exported.out_avals
+    assert again.in_tree == exported.in_tree == jax.tree.structure(((params, cache, new, row), {}))
+    assert [tuple(a.shape) for a in again.in_avals] == [a.shape for a in jax.tree.leaves((params, cache, new, row))]
+    logits, hidden, after = jax.tree.unflatten(again.out_tree, again.out_avals)
+    assert isinstance(after, Cache)
+    assert (logits.shape, hidden.shape) == ((1, 129280), (1, tokens, 7168))
+    assert (after.latent.shape, after.latent.dtype) == (cache.latent.shape, cache.latent.dtype)
+    assert len(blob) < 1 << 20  # no constant of any size is inside
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_load_plan(config: Config, mtp: bool) -> None:
+    """Loading 688 GB stages no more than STAGING_BYTES at a time, far below the 2 GB and a tensor that are allowed."""
+    rows = [r for r in table(config) if r.copy_of is None and (mtp or not is_mtp(r))]
+    stored = {row.path: official_storage(row, config) for row in table(config)}
+    stats = load_plan(config, stored, mtp=mtp)
+    arrays = [a for row in rows for a in leaf_arrays(row, config, stored[row.path]).values()]
+    sizes = [math.prod(a.shape) * a.dtype.itemsize for a in arrays]
+    assert stats.bytes == sum(sizes)
+    largest_tensor = max(math.prod(a.shape[-2:]) * a.dtype.itemsize for a in arrays)
+    assert largest_tensor == 129280 * 7168 * 2
+    assert stats.peak_staging_bytes <= 2 * GB + largest_tensor
+    assert stats.peak_staging_bytes <= STAGING_BYTES
+    if mtp:  # the checkpoint's own bytes, less the copies, and norm gains widened from bfloat16 to float32
+        gains = sum(2 * math.prod(leaf_shape(r, config)) for r in rows if r.storage == VECTOR and r.path[-1] != "bias")
+        assert stats.bytes == accounting(config)["bytes"] - 2 * 2 * 129280 * 7168 + gains
+    # Large arrays are cut into full regions: at most one short one per matrix, none tiny.
+    assert stats.regions <= 2 * stats.bytes / STAGING_BYTES + len(arrays) * 64

@@ -1,0 +1,388 @@
+"""Laws of the step function in plain float32: however a sequence is cut, batched, moved or rolled back, it is the same.
+
+Tokens are the goldens' own, whose routing decisions are not near a tie (tests/goldens/README.md); what is drawn is how
+they are fed. So a difference beyond summation order is an error, whatever the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import emulator as em
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    FLOAT32,
+    SEED,
+    Golden,
+    counts,
+    draft_of,
+    emulated,
+    golden,
+    one_shot,
+    one_shot_draft,
+    rng,
+    step_of,
+    worst,
+)
+from hypothesis import given, seed, settings
+
+from dsjax.cache import KEY_BLOCK, SPARE, Cache, extract, init_cache, insert, rollback
+from dsjax.errors import InputError
+from dsjax.generate import Engine
+from dsjax.numerics import Numerics
+from dsjax.sampling import Sampling
+
+BOUND = 1e-5  # of the largest logit, between runs of our own (design section 6)
+FORMS = {form: Numerics("plain", "float32", form) for form in ("naive", "absorbed")}
+WIDTHS = (1, 9)  # static T of a step; each is compiled once per geometry
+CASES = (
+    "v3-float32",  # group routing, q_lora, yarn
+    "v2-lite",  # softmax gates, no q_lora
+    "v3-dense-only",
+    pytest.param("v3-no-q-lora", marks=pytest.mark.full),
+    pytest.param("v2-group", marks=pytest.mark.full),
+    pytest.param("v3-fp8-partial", marks=pytest.mark.full),
+    pytest.param("v3-high-theta", marks=pytest.mark.full),
+    pytest.param("v31-terminus", marks=pytest.mark.full),
+)
+
+Chunk = tuple[int, tuple[int, ...]]
+"""(T, new tokens of each slot)."""
+
+
+@lru_cache
+def _reference(name: str) -> tuple[np.ndarray, Cache]:
+    """All tokens of a golden in one step, in the naive form: logits [B, T, V] and the cache."""
+    logits, _, cache = one_shot(golden(name), golden(name).tokens, FORMS["naive"])
+    return logits, cache
+
+
+def _chunks(slots: int) -> st.SearchStrategy[list[Chunk]]:
+    """Steps of any width, each slot taking any part of it, or nothing."""
+    chunk = st.sampled_from(WIDTHS).flatmap(
+        lambda width: st.tuples(st.just(width), st.tuples(*[st.integers(0, width)] * slots))
+    )
+    return st.lists(chunk, max_size=6)
+
+
+def _feed(rows: np.ndarray, lengths: list[int], chunks: list[Chunk], take: Any) -> list[np.ndarray]:
+    """Feeds `lengths` tokens of `rows` [B, T] by `chunks`, then by the widest steps; padding ids are arbitrary.
+
+    Args:
+      take: (start of each slot, tokens [B, width], n_new) -> logits [B, width, V], all that step's.
+
+    Returns:
+      Per slot the logits of its tokens.
+    """
+    at = [0] * len(lengths)
+    out: list[list[np.ndarray]] = [[] for _ in lengths]
+    padding = rng(10)
+    for width, asked in [*chunks, *[(WIDTHS[-1], (WIDTHS[-1],) * len(lengths))] * rows.shape[1]]:
+        n_new = [min(n, length - a) for n, length, a in zip(asked, lengths, at, strict=True)]
+        tokens = padding.integers(0, 100, (len(rows), width)).astype(np.int32)
+        for b, n in enumerate(n_new):
+            tokens[b, :n] = rows[b, at[b] : at[b] + n]
+        logits = take(list(at), jnp.asarray(tokens), counts(*n_new))
+        for b, n in enumerate(n_new):
+            out[b].append(np.asarray(logits)[b, :n])
+            at[b] += n
+        if at == lengths:
+            break
+    assert at == lengths
+    return [np.concatenate(parts) for parts in out]
+
+
+class _Stepper:
+    """Takes steps, keeping the cache."""
+
+    def __init__(self, model: Golden, cache: Cache, numerics: Numerics = FLOAT32) -> None:
+        self.model = model
+        self.cache = cache
+        self.step = step_of(model.config, numerics)
+
+    def __call__(self, at: list[int], tokens: jax.Array, n_new: jax.Array) -> jax.Array:
+        np.testing.assert_array_equal(self.cache.length, at)
+        logits, _, self.cache = self.step(self.model.params, self.cache, tokens, n_new)
+        return logits
+
+
+def _empty(model: Golden, batch: int = 2, max_length: int = 0) -> Cache:
+    return init_cache(model.config, batch, max_length or model.tokens.shape[1], "float32")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_chunking(name: str) -> None:
+    """One-shot == any steps, padded ones and idle slots included, with prompts of unequal lengths."""
+    model = golden(name)
+    reference, cache = _reference(name)
+    total = model.tokens.shape[1]
+
+    @seed(SEED)
+    @settings(max_examples=12, deadline=None, database=None)
+    @given(_chunks(2), st.integers(1, total))
+    def check(chunks: list[Chunk], shorter: int) -> None:
+        stepper = _Stepper(model, _empty(model))
+        lengths = [total, shorter]
+        logits = _feed(model.tokens, lengths, chunks, stepper)
+        scale = np.abs(reference).max()
+        for b, length in enumerate(lengths):
+            error = np.abs(logits[b] - reference[b, :length]).max() / scale
+            assert error <= BOUND, (SEED, b, error)
+            state, expected = extract(stepper.cache, b), np.asarray(cache.latent[:, b, :length])
+            assert worst(state.latent, expected) <= BOUND
+
+    check()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_token_by_token(name: str) -> None:
+    """One-shot == decoding, where every step may choose another form of attention than the prefill did."""
+    model = golden(name)
+    one_each = [(1, (1, 1))] * model.tokens.shape[1]
+    logits = _feed(model.tokens, [model.tokens.shape[1]] * 2, one_each, _Stepper(model, _empty(model)))
+    assert worst(np.stack(logits), _reference(name)[0]) <= BOUND
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_naive_equals_absorbed(name: str) -> None:
+    logits, _, cache = one_shot(golden(name), golden(name).tokens, FORMS["absorbed"])
+    assert worst(logits, _reference(name)[0]) <= BOUND
+    assert worst(cache.latent, _reference(name)[1].latent) <= BOUND
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_equals_alone(name: str) -> None:
+    """Two prompts of unequal lengths in one step; the other does not show."""
+    model = golden(name)
+    lengths, rows = (7, 3), jnp.asarray(model.tokens[:, : WIDTHS[-1]])
+    step = step_of(model.config, FLOAT32)
+    together, _, cache = step(model.params, _empty(model), rows, counts(*lengths))
+    for b, length in enumerate(lengths):
+        alone, _, own = step(model.params, _empty(model, 1), rows[b : b + 1], counts(length))
+        assert worst(together[b, :length], alone[0, :length]) <= BOUND
+        assert worst(extract(cache, b).latent, extract(own, 0).latent) <= BOUND
+        assert worst(together[b, :length], _reference(name)[0][b, :length]) <= BOUND
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_idle_slot_keeps_every_bit(name: str) -> None:
+    """And a busy one every bit of the rows that are not its new tokens'."""
+    model = golden(name)
+    random = np.random.default_rng(SEED)
+    empty = _empty(model)
+    before = Cache(jnp.asarray(random.standard_normal(empty.latent.shape, np.float32)), counts(5, 11))
+    step = step_of(model.config, FLOAT32)
+    for width, n_new in ((1, (0, 1)), (9, (3, 0)), (9, (0, 9))):
+        _, _, after = step(model.params, before, jnp.asarray(model.tokens[:, :width]), counts(*n_new))
+        old, new = np.asarray(before.latent).view(np.uint32), np.asarray(after.latent).view(np.uint32)
+        for b, n in enumerate(n_new):
+            start = int(before.length[b])
+            written = np.zeros(old.shape[2], bool)
+            written[start : start + n] = True
+            np.testing.assert_array_equal(new[:, b, ~written], old[:, b, ~written])
+            assert (new[:, b, written] != old[:, b, written]).any(axis=-1).all()
+            assert int(after.length[b]) == start + n
+
+
+def test_rows_beyond_the_capacity_are_dropped() -> None:
+    """They must not wrap around or be clamped onto the last row."""
+    model = golden("v3-dense-only")
+    empty = _empty(model)
+    before = Cache(jnp.ones_like(empty.latent), counts(empty.capacity - 2, 0))
+    _, _, after = step_of(model.config, FLOAT32)(
+        model.params, before, jnp.asarray(model.tokens[:, :9]), counts(4, 0)
+    )  # fmt: skip
+    same = np.asarray(after.latent == 1).all(axis=(0, 3))
+    expected = np.ones_like(same)
+    expected[0, -2:] = False
+    np.testing.assert_array_equal(same, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rolling_back_leaves_no_trace(name: str) -> None:
+    """Draft up to SPARE tokens, forget them, go on: the very bits of a sequence that was never drafted."""
+    model = golden(name)
+    step, total = step_of(model.config, FLOAT32), model.tokens.shape[1]
+    random = rng(11)
+    for _ in range(4):
+        start, drafted = int(random.integers(1, 10)), random.integers(0, SPARE + 1, 2)
+        _, _, cache = step(model.params, _empty(model), jnp.asarray(model.tokens[:, :9]), counts(start, start))
+        wrong = jnp.asarray(random.integers(0, 128, (2, 9)), jnp.int32)
+        _, _, ahead = step(model.params, cache, wrong, counts(*drafted))
+        back = rollback(ahead, counts(*drafted))
+        np.testing.assert_array_equal(back.length, cache.length)
+        rest = jnp.asarray(model.tokens[:, start : start + 9])
+        expected, _, _ = step(model.params, cache, rest, counts(9, 9))
+        found, _, _ = step(model.params, back, rest, counts(9, 9))
+        np.testing.assert_array_equal(found, expected, err_msg=f"start {start}, drafted {drafted}, seed {SEED}")
+    # At the very end of the cache there is still room for SPARE drafts.
+    stepper = _Stepper(model, _empty(model))
+    _feed(model.tokens, [total, total], [], stepper)
+    assert stepper.cache.capacity - total >= SPARE
+    drafts = jnp.asarray(random.integers(0, 128, (2, 9)), jnp.int32)
+    eight, _, _ = step(model.params, stepper.cache, drafts, counts(SPARE, SPARE))
+    longer = np.concatenate([model.tokens, np.asarray(drafts)[:, :SPARE]], axis=1)
+    if name == "v3-dense-only":  # no routing that random tokens could bring near a tie
+        assert worst(eight[:, :SPARE], one_shot(model, longer)[0][:, total:]) <= BOUND
+
+
+@pytest.mark.parametrize("name", ["v3-float32", pytest.param("v2-group", marks=pytest.mark.full)])
+def test_extract_insert_elsewhere_go_on(name: str) -> None:
+    """Slot 1 of 2 moves into slot 0 of a used cache of another capacity (two key blocks), and goes on there."""
+    model = golden(name)
+    stepper = _Stepper(model, _empty(model))
+    _feed(model.tokens, [9, 13], [], stepper)
+    state = extract(stepper.cache, 1)
+    assert (state.length, state.latent.shape[1]) == (13, 13)
+
+    other = _empty(model, 2, KEY_BLOCK + 20)
+    assert other.capacity == 2 * KEY_BLOCK
+    dirty = np.random.default_rng(SEED).standard_normal(other.latent.shape, np.float32)
+    other = Cache(jnp.asarray(dirty), counts(300, 2))
+    moved = insert(other, 0, state)
+    np.testing.assert_array_equal(moved.length, [13, 2])
+    np.testing.assert_array_equal(moved.latent[:, 1], other.latent[:, 1])
+    again = extract(moved, 0)
+    np.testing.assert_array_equal(again.latent, state.latent)
+
+    tokens = jnp.asarray(model.tokens[::-1, 13:22])
+    logits, _, _ = step_of(model.config, FLOAT32)(model.params, moved, tokens, counts(9, 0))
+    assert worst(logits[0], _reference(name)[0][1, 13:22]) <= BOUND
+
+
+def test_insert_refuses() -> None:
+    """A state of another version, model, dtype or capacity."""
+    model = golden("v3-dense-only")
+    stepper = _Stepper(model, _empty(model))
+    _feed(model.tokens, [9, 9], [], stepper)
+    state = extract(stepper.cache, 0)
+    tiny = init_cache(model.config, 1, 0, "float32")
+    bfloat16 = init_cache(model.config, 1, 24, "bfloat16")
+    other_model = init_cache(golden("v3-float32").config, 1, 24, "float32")
+    for cache, bad, message in (
+        (stepper.cache, dataclasses.replace(state, version=2), "expected version 1, found 2"),
+        (stepper.cache, dataclasses.replace(state, length=8), r"expected float32 \(2, 8, 40\)"),
+        (bfloat16, state, "expected uint16"),
+        (other_model, state, r"\(3, 9, 40\)"),
+        (tiny, state, "9 tokens do not fit a cache of 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            insert(cache, 0, bad)
+
+
+def test_mtp_any_chunking() -> None:
+    """The MTP module, one-shot == any steps, on hidden states that come from one step of the main model."""
+    model = golden("v3-mtp")
+    _, hidden, _ = one_shot(model, model.tokens, FORMS["naive"])
+    reference = one_shot_draft(model, hidden, model.tokens, FORMS["naive"])
+    scale, total = np.abs(reference).max(), model.tokens.shape[1] - 1
+    draft = draft_of(model.config, FLOAT32)
+    padded = jnp.pad(hidden, ((0, 0), (0, max(WIDTHS)), (0, 0)), constant_values=7.0)
+
+    @seed(SEED)
+    @settings(max_examples=8, deadline=None, database=None)
+    @given(_chunks(2), st.integers(1, total))
+    def check(chunks: list[Chunk], shorter: int) -> None:
+        cache = init_cache(model.config, 2, total, "float32", layers=1)
+
+        def take(at: list[int], tokens: jax.Array, n_new: jax.Array) -> jax.Array:
+            nonlocal cache
+            width = tokens.shape[1]
+            here = jnp.stack([padded[b, a : a + width] for b, a in enumerate(at)])
+            logits, _, cache = draft(model.params, cache, here, tokens, n_new)
+            return logits
+
+        lengths = [total, shorter]
+        logits = _feed(model.tokens[:, 1:], lengths, chunks, take)
+        for b, length in enumerate(lengths):
+            assert np.abs(logits[b] - reference[b, :length]).max() / scale <= BOUND, (SEED, b)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["v3-float32", pytest.param("v2-lite", marks=pytest.mark.full)])
+def test_prompt_across_key_blocks(name: str) -> None:
+    """300 tokens lie in two key blocks: equal to the emulator, to other cuts, and to a cache of more blocks.
+
+    The tokens are fixed: drawn afresh, one day in many a routing decision would be nearly tied.
+    """
+    model = golden(name)
+    tokens = np.random.default_rng(5).integers(0, model.config.vocab_size, (1, 300)).astype(np.int32)
+    logits, _, cache = one_shot(model, tokens, FORMS["naive"])
+    assert cache.capacity == 2 * KEY_BLOCK
+    weights, config = emulated(name)
+    expected, _ = em.model(tokens[0], weights, config, policy=em.PLAIN)
+    assert worst(logits[0], expected) <= BOUND
+    for capacity, form in ((300, "absorbed"), (700, "absorbed")):
+        stepper = _Stepper(model, _empty(model, 1, capacity), FORMS[form])
+        parts = [
+            np.asarray(stepper([at], jnp.asarray(np.resize(tokens[:, at : at + 130], (1, 130))), counts(n)))[:, :n]
+            for at, n in ((0, 130), (130, 130), (260, 40))
+        ]
+        assert stepper.cache.capacity == -(-(capacity + SPARE) // KEY_BLOCK) * KEY_BLOCK
+        assert worst(np.concatenate(parts, axis=1), logits) <= BOUND
+
+
+@pytest.mark.parametrize("name", ["v3-dense-only", pytest.param("v3-float32", marks=pytest.mark.full)])
+def test_generate_batch_equals_alone(name: str) -> None:
+    """Greedy and drawn, whatever else is in the batch and however the prompt is cut."""
+    model = golden(name)
+    engine = Engine(model.config, model.params, FLOAT32)
+    prompts = [model.tokens[0, :17].tolist(), model.tokens[1, :5].tolist()]
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_p=0.9, top_k=40, seed=SEED)):
+        together, _ = engine.generate(prompts, 6, sampling)
+        assert [len(o.ids) for o in together] == [6, 6]
+        assert [o.finish_reason for o in together] == ["length", "length"]
+        for i, prompt in enumerate(prompts):
+            alone, _ = engine.generate([prompt], 6, sampling, max_length=23, first_sequence=i, chunk=16)
+            assert alone[0] == together[i], (SEED, sampling)
+
+
+def test_sampling_depends_on_seed_and_sequence() -> None:
+    """Equal prompts as different sequences, or another seed, give other draws; the same again gives the same."""
+    model = golden("v3-dense-only")
+    engine = Engine(model.config, model.params, FLOAT32)
+    prompt = model.tokens[0, :5].tolist()
+    drawn = [engine.generate([prompt, prompt], 6, Sampling(temperature=2.0, seed=s))[0] for s in (SEED, SEED, SEED + 1)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(o.ids) for outputs in drawn[1:] for o in outputs}) == 4
+
+
+@pytest.mark.parametrize("name", ["v3-dense-only", pytest.param("v2-group", marks=pytest.mark.full)])
+def test_greedy_is_the_argmax_of_full_scoring(name: str) -> None:
+    """Every token generated is the most likely one when the whole sequence so far is scored from nothing."""
+    model = golden(name)
+    engine = Engine(model.config, model.params, FLOAT32)
+    prompt = model.tokens[0, :11].tolist()
+    new = 8
+    (output,), timing = engine.generate([prompt], new, max_length=24)
+    last = step_of(model.config, FORMS["naive"], "last")
+    sequence = list(prompt)
+    for token in output.ids:
+        padded = jnp.asarray(np.resize(sequence, (1, 24)), jnp.int32)
+        logits, _, _ = last(model.params, _empty(model, 1), padded, counts(len(sequence)))
+        assert int(jnp.argmax(logits[0])) == token
+        sequence.append(token)
+    assert len(timing.token_s) == new - 1
+
+    # A stop id ends the sequence and is not part of it; so does the end of the room.
+    stop = output.ids[3]
+    (stopped,), _ = engine.generate([prompt], new, stop=[stop], max_length=24)
+    assert (stopped.ids, stopped.finish_reason) == (output.ids[: output.ids.index(stop)], "stop")
+    (cut,), _ = engine.generate([prompt], new, max_length=11 + 2)
+    assert (cut.ids, cut.finish_reason) == (output.ids[:3], "length")
+
+
+def test_score_equals_one_shot() -> None:
+    """Engine.score in chunks, the MTP module's logits too."""
+    model = golden("v3-mtp")
+    logits, drafts = Engine(model.config, model.params, FLOAT32).score(model.tokens[:, :17], mtp=True, chunk=8)
+    _, hidden, _ = one_shot(model, model.tokens, FORMS["naive"])
+    assert worst(logits, _reference("v3-mtp")[0][:, :17]) <= BOUND
+    assert worst(drafts, one_shot_draft(model, hidden, model.tokens, FORMS["naive"])[:, :16]) <= BOUND

@@ -1,0 +1,357 @@
+"""quant.matmul: tiled, block-scaled and grouped products against NumPy in float64, the emulator and plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import emulator
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quant.formats import BF16, E2M1, E4M3, E5M2, F16, INT4, INT8, Format
+from quant.matmul import (
+    Groups,
+    block_scaled_dot,
+    group_size,
+    group_tokens,
+    grouped_matmul,
+    reference_block_scaled_dot,
+    reference_dot,
+)
+from quant.qarray import WHOLE, QArray
+from quant.transforms import act_quant, fake_act_quant, quantise
+
+Block = tuple[int, int]
+
+SCALED = (E4M3, E5M2, E2M1, INT8, INT4)
+UNSCALED = (BF16, F16)
+BLOCKS = ((128, 128), (1, 128), (1, 32), (32, 32), (1, WHOLE), (WHOLE, WHOLE))
+TOKENS = (1, 5, 33, 200)
+BOUND = 2e-6  # of the largest output: summation order in float32
+
+few_examples = settings(
+    max_examples=15, deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def random_weight(
+    rng: np.random.Generator, shape: tuple[int, ...], fmt: Format, block: Block, pow2: bool
+) -> tuple[QArray, np.ndarray]:
+    """A QArray of any finite codes and random scales, and its numbers in float64 by ml_dtypes."""
+    *lead, n, k = shape
+    table = np.arange(2**fmt.bits).astype(fmt.code_dtype)
+    if fmt == INT4:
+        numbers = np.where(table & 8, table | 0xF0, table).astype(np.uint8).view(fmt.dtype).astype(np.float64)
+    else:
+        with np.errstate(invalid="ignore"):
+            numbers = table.view(fmt.dtype).astype(np.float64)
+    # Numbers of similar magnitude, so that every element counts in the sum.
+    usable = table[np.isfinite(numbers) & (np.abs(numbers) <= min(fmt.max, 448))]
+    codes = rng.choice(usable, shape)
+    values = numbers[codes]
+    packed = codes[..., 0::2] + 16 * codes[..., 1::2] if fmt.packed else codes
+    if fmt in UNSCALED:
+        return QArray(jnp.asarray(packed), None, fmt, block), values
+    bn, bk = block[0] or n, block[1] or k
+    grid = (*lead, math.ceil(n / bn), math.ceil(k / bk))
+    if pow2:
+        held = rng.integers(118, 124, grid).astype(np.uint8)
+        scales = held.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    else:
+        held = rng.uniform(2e-3, 2e-2, grid).astype(np.float32)
+        scales = held.astype(np.float64)
+    spread = scales[..., (np.arange(n) // bn)[:, None], np.arange(k) // bk]
+    return QArray(jnp.asarray(packed), jnp.asarray(held), fmt, block), values * spread
+
+
+def assert_close(got: Any, want: np.ndarray, bound: float = BOUND) -> None:
+    """Largest error within `bound` of the largest output."""
+    assert got.shape == want.shape and got.dtype == jnp.float32
+    error = np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
+    assert error <= bound, f"error {error:.2e} of the largest output"
+
+
+# --- block_scaled_dot -----------------------------------------------------------------------------------------------
+
+dot = jax.jit(block_scaled_dot)
+plain_dot = jax.jit(reference_dot)
+
+CASES = [
+    (fmt, block, pow2, TOKENS[i % len(TOKENS)])
+    for i, (fmt, block, pow2) in enumerate((f, b, p) for f in SCALED for b in BLOCKS for p in (False, True))
+]
+
+
+@pytest.mark.parametrize(("fmt", "block", "pow2", "tokens"), CASES, ids=str)
+def test_block_scaled_dot_on_formats_and_blocks(fmt: Format, block: Block, pow2: bool, tokens: int) -> None:
+    """Several tiles, partial blocks at both edges and a partial last tile (N = 333 is odd, and K is where it may be)."""
+    rng = np.random.default_rng(tokens)
+    k = 258 if fmt.packed else 259
+    w, numbers = random_weight(rng, (333, k), fmt, block, pow2)
+    x = np.float32(rng.normal(size=(tokens, k)))
+    assert_close(dot(x, w), x.astype(np.float64) @ numbers.T)
+
+
+@pytest.mark.parametrize("fmt", [*SCALED, *UNSCALED], ids=lambda f: f.name)
+def test_reference_dot_is_the_float64_product(fmt: Format) -> None:
+    rng = np.random.default_rng(1)
+    w, numbers = random_weight(rng, (2, 67, 130), fmt, (32, 32), True)
+    x = np.float32(rng.normal(size=(2, 3, 130)))
+    want = x.astype(np.float64) @ numbers[1].T
+    assert_close(plain_dot(x, w, (1,)), want)
+    assert_close(dot(x, w, (1,)), want)
+    assert_close(block_scaled_dot(jnp.asarray(x), w, (1,)), want)
+
+
+@pytest.mark.parametrize("rows", [256, 512, 640])
+@pytest.mark.parametrize("fmt", [E4M3, E2M1], ids=lambda f: f.name)
+def test_block_scaled_dot_where_tiles_are_cut_by_width(fmt: Format, rows: int) -> None:
+    """A wide K makes tiles shorter than a scale block."""
+    rng = np.random.default_rng(rows)
+    w, numbers = random_weight(rng, (rows + 17, 4096), fmt, (128, 128), False)
+    for tokens in (1, 40):
+        x = np.float32(rng.normal(size=(tokens, 4096)))
+        assert_close(dot(x, w), x.astype(np.float64) @ numbers.T)
+
+
+@st.composite
+def products(draw: st.DrawFn) -> dict[str, Any]:
+    fmt = draw(st.sampled_from((*SCALED, *UNSCALED)))
+    k = draw(st.integers(1, 400))
+    return {
+        "fmt": fmt,
+        "block": draw(st.sampled_from(BLOCKS)),
+        "pow2": draw(st.booleans()),
+        "tokens": draw(st.sampled_from(TOKENS)),
+        "n": draw(st.integers(1, 400)),
+        "k": k + k % 2 if fmt.packed else k,
+        "lead": draw(st.lists(st.integers(1, 3), max_size=2)),
+        "traced": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+
+
+@few_examples
+@given(case=products())
+def test_block_scaled_dot_on_random_geometries(case: dict[str, Any]) -> None:
+    """Any N and K, indices into stacks, static and traced; a failure prints the case, its seed included."""
+    rng = np.random.default_rng(case["seed"])
+    w, numbers = random_weight(rng, (*case["lead"], case["n"], case["k"]), case["fmt"], case["block"], case["pow2"])
+    index = tuple(int(rng.integers(size)) for size in case["lead"])
+    x = np.float32(rng.normal(size=(case["tokens"], case["k"])))
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(numbers[index]).T
+    for function in (block_scaled_dot, reference_dot):
+        got = (
+            jax.jit(function)(x, w, index) if case["traced"] else jax.jit(lambda x, w, f=function: f(x, w, index))(x, w)
+        )
+        error = np.abs(np.asarray(got, np.float64) - x.astype(np.float64) @ numbers[index].T)
+        # With one or two terms everything may cancel: here the scale is the sum of magnitudes.
+        assert error.max() <= BOUND * magnitude.max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["float32", "bfloat16", "float16"])
+def test_block_scaled_dot_of_float_weights(dtype: Any) -> None:
+    rng = np.random.default_rng(2)
+    w = jnp.asarray(rng.normal(size=(2, 3, 301, 75)), dtype)
+    x = jnp.asarray(rng.normal(size=(2, 7, 75)), jnp.bfloat16)
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)[1, 2].T
+    for function in (dot, plain_dot):
+        assert_close(function(x, w, (1, 2)), want)
+        assert_close(function(x[0, 0], w, (1, 2)), want[0, 0])
+
+
+def test_block_scaled_dot_inside_a_scan_over_layers() -> None:
+    """The use that it is made for: the stack closed over, the index traced."""
+    rng = np.random.default_rng(3)
+    w, numbers = random_weight(rng, (3, 160, 160), E4M3, (128, 128), False)
+    x = np.float32(rng.normal(size=(4, 160)))
+
+    @jax.jit
+    def network(x: jax.Array, w: QArray) -> jax.Array:
+        return jax.lax.scan(lambda h, i: (block_scaled_dot(h, w, (i,)), None), x, jnp.arange(3))[0]
+
+    want = x.astype(np.float64)
+    for layer in numbers:
+        want = want @ layer.T
+    assert_close(network(x, w), want, 3 * BOUND)
+
+
+def test_block_scaled_dot_copies_no_layer_and_decodes_no_matrix() -> None:
+    """Temporary memory does not depend on the depth of the stack, and stays below the decoded matrix."""
+
+    def temporaries(layers: int) -> int:
+        codes, scales = jax.ShapeDtypeStruct((layers, 1024, 1024), jnp.uint8), (layers, 8, 8)
+        w = QArray(codes, jax.ShapeDtypeStruct(scales, jnp.float32), E4M3, (128, 128))
+        x, i = jax.ShapeDtypeStruct((4, 1024), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        compiled = jax.jit(lambda x, w, i: block_scaled_dot(x, w, (i,))).lower(x, w, i).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2) == temporaries(16) < 1024 * 1024 * 4 / 2
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_block_scaled_dot_refuses_what_does_not_fit(quantised: bool) -> None:
+    x, w = jnp.ones((2, 8)), jnp.ones((3, 4, 8))
+    stored = quantise(w, E4M3, (128, 128)) if quantised else w
+    for activations, index in ((jnp.ones((2, 9)), (0,)), (x, ()), (x, (0, 0))):
+        with pytest.raises(ValueError, match=r"do not fit weight \(3, 4, 8\)"):
+            block_scaled_dot(activations, stored, index)
+
+
+# --- DeepSeek's FP8 product -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pow2", [False, True], ids=["float32", "ue8m0"])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 128, 128), (5, 300, 640), (33, 77, 200)])
+def test_fp8_product_equals_emulator_and_folded_scales(tokens: int, n: int, k: int, pow2: bool) -> None:
+    """reference_block_scaled_dot against the emulator's fp8_gemm, and the form that folds the scales into x and w."""
+    rng = np.random.default_rng(n)
+    x = np.float32(rng.normal(size=(tokens, k)))
+    kind = "ue8m0" if pow2 else None
+    codes, scales = emulator.act_quant(x, kind)
+    w_codes, w_scales = emulator.weight_quant(np.float32(rng.normal(size=(n, k))), scale_fmt=kind)
+    want = emulator.fp8_gemm(codes, scales, w_codes, w_scales, emulator.Policy(accumulate=np.float64))
+    w = QArray(jnp.asarray(w_codes.view(np.uint8)), jnp.asarray(w_scales), E4M3, (128, 128))
+
+    ours = jax.jit(lambda x, w: reference_block_scaled_dot(*act_quant(x, pow2=pow2), w))(x, w)
+    folded = jax.jit(lambda x, w: block_scaled_dot(fake_act_quant(x, pow2=pow2), w))(x, w)
+    assert_close(ours, want.astype(np.float64), 1e-6)
+    assert_close(folded, np.asarray(ours, np.float64), 1e-6)
+
+
+def test_fp8_product_takes_e8m0_weight_scales() -> None:
+    rng = np.random.default_rng(6)
+    w, numbers = random_weight(rng, (200, 300), E4M3, (128, 128), True)
+    x = np.float32(rng.normal(size=(7, 300)))
+    codes, scales = jax.jit(lambda v: act_quant(v, pow2=True))(x)
+    values = emulator.e4m3_decode(np.asarray(codes)) * np.asarray(scales).repeat(128, -1)[:, :300]
+    assert_close(jax.jit(reference_block_scaled_dot)(codes, scales, w), values.astype(np.float64) @ numbers.T)
+
+
+def test_fp8_product_refuses_other_blocks_and_formats() -> None:
+    codes, scales = act_quant(jnp.ones((2, 256)), pow2=False)
+    for w in (quantise(jnp.ones((4, 256)), E4M3, (1, 64)), quantise(jnp.ones((4, 256)), INT8, (128, 128))):
+        with pytest.raises(ValueError, match="do not match weight blocks"):
+            reference_block_scaled_dot(codes, scales, w)
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+jit_group = jax.jit(group_tokens, static_argnums=(1, 3))
+
+
+def check_groups(groups: Groups, choices: np.ndarray, experts: int, valid: np.ndarray, size: int) -> None:
+    """Every valid assignment exactly once, in a block of its expert; nothing else; no block more than needed."""
+    t, k = choices.shape
+    source, place, expert = np.asarray(groups.source), np.asarray(groups.place), np.asarray(groups.expert)
+    rows = len(source)
+    assert rows == len(expert) * size and groups.size == size
+    assignments = np.flatnonzero(np.repeat(valid, k))
+    held = source[source < t * k]
+    np.testing.assert_array_equal(np.sort(held), assignments)
+    assert (source[source >= t * k] == t * k).all()
+    for row in np.flatnonzero(source < t * k):
+        assert expert[row // size] == choices.reshape(-1)[source[row]]
+        assert place.reshape(-1)[source[row]] == row
+    assert (place[~valid] == rows).all()
+    counts = np.bincount(choices[valid].reshape(-1), minlength=experts)
+    assert int(groups.used) == sum(math.ceil(c / size) for c in counts) <= len(expert)
+    assert (source[int(groups.used) * size :] == t * k).all()
+    assert ((0 <= expert) & (expert < experts)).all()
+
+
+def routing(rng: np.random.Generator, tokens: int, choices: int, experts: int) -> np.ndarray:
+    """Distinct experts per token, as a gate picks them."""
+    return rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)[:, :choices].astype(np.int32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (1, 6, 64), (37, 4, 16), (50, 2, 3)], ids=str)
+def test_groups_hold_each_valid_assignment_once(tokens: int, choices: int, experts: int, size: int) -> None:
+    rng = np.random.default_rng(tokens)
+    chosen = routing(rng, tokens, choices, experts)
+    for valid in (np.ones(tokens, bool), rng.random(tokens) < 0.5, np.zeros(tokens, bool)):
+        check_groups(jit_group(chosen, experts, valid, size), chosen, experts, valid, size)
+
+
+@few_examples
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 12), st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_groups_of_any_routing(tokens: int, choices: int, experts: int, size: int, seed: int) -> None:
+    """Repeated experts in one token, sizes that are no power of two, experts without tokens."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, rng.integers(1, experts + 1), (tokens, choices)).astype(np.int32)
+    valid = rng.random(tokens) < rng.random()
+    check_groups(jit_group(chosen, experts, valid, size), chosen, experts, valid, size)
+
+
+@pytest.mark.parametrize("expert", [0, 5, 15])
+def test_groups_with_all_tokens_on_one_expert(expert: int) -> None:
+    chosen, valid = np.full((70, 1), expert, np.int32), np.ones(70, bool)
+    groups = jit_group(chosen, 16, valid, 8)
+    check_groups(groups, chosen, 16, valid, 8)
+    assert int(groups.used) == 9 and (np.asarray(groups.expert)[:9] == expert).all()
+    np.testing.assert_array_equal(np.asarray(groups.source)[:70], np.arange(70))  # stable: tokens keep their order
+
+
+@pytest.mark.parametrize("experts", [8, 64, 256])
+def test_trips_follow_routed_tokens_not_experts(experts: int) -> None:
+    """The loop of grouped_matmul runs `used` times: bounded by assignments, whatever the number of experts."""
+    rng = np.random.default_rng(experts)
+    for tokens in (1, 4, 32):
+        chosen = routing(rng, tokens, 4, 8)  # the same eight experts are chosen from, however many there are
+        used = [int(jit_group(chosen, e, np.ones(tokens, bool), 8).used) for e in (8, experts)]
+        assert used[0] == used[1] <= min(tokens * 4, 8 + tokens * 4 // 8)
+        half = np.arange(tokens) < tokens // 2
+        assert int(jit_group(chosen, experts, half, 8).used) <= tokens // 2 * 4
+    assert int(jit_group(chosen, experts, np.zeros(32, bool), 8).used) == 0
+
+
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 8, 256), (128, 4, 32), (4096, 8, 256), (7, 1, 1)])
+def test_group_size_is_a_power_of_two_that_tokens_can_fill(tokens: int, choices: int, experts: int) -> None:
+    size = group_size(tokens, choices, experts)
+    assert size & (size - 1) == 0 and 1 <= size < 2 * tokens
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e2m1", "float"])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (23, 4), (23, 32)])
+def test_grouped_matmul_equals_a_loop_over_tokens(kind: str, tokens: int, size: int) -> None:
+    """Stacked layers, masked tokens; rows that hold no work stay zero."""
+    rng = np.random.default_rng(size)
+    experts, choices, n, k = 6, 3, 70, 64
+    if kind == "float":
+        numbers = rng.normal(size=(2, experts, n, k)).astype(np.float32)
+        w: QArray | jax.Array = jnp.asarray(numbers)
+    else:
+        fmt, block, pow2 = (E4M3, (32, 32), False) if kind == "e4m3" else (E2M1, (1, 32), True)
+        w, numbers = random_weight(rng, (2, experts, n, k), fmt, block, pow2)
+    x = rng.normal(size=(tokens, k)).astype(np.float32)
+    chosen = routing(rng, tokens, choices, experts)
+    valid = np.arange(tokens) % 4 != 3
+
+    @jax.jit
+    def layer(x: jax.Array, w: QArray | jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array, Groups]:
+        groups = group_tokens(jnp.asarray(chosen), experts, jnp.asarray(valid), size)
+        rows = x.at[groups.source // choices].get(mode="fill", fill_value=jnp.nan)
+        out = grouped_matmul(rows, w, groups, (i,))
+        return out, out.at[groups.place].get(mode="fill", fill_value=0), groups
+
+    out, got, groups = layer(x, w, 1)
+    want = np.zeros((tokens, choices, n))
+    for token, slot in np.ndindex(tokens, choices):
+        if valid[token]:
+            want[token, slot] = numbers[1, chosen[token, slot]].astype(np.float64) @ x[token]
+    assert_close(got, want)
+    assert (np.asarray(out)[int(groups.used) * size :] == 0).all()
+
+
+def test_grouped_matmul_of_no_valid_token_reads_nothing() -> None:
+    w = dataclasses.replace(quantise(jnp.ones((2, 8, 8)), E4M3, (8, 8)), scales=jnp.full((2, 1, 1), jnp.nan))
+    groups = group_tokens(jnp.zeros((4, 1), jnp.int32), 2, jnp.zeros(4, bool), 2)
+    assert (grouped_matmul(jnp.ones((len(groups.source), 8)), w, groups) == 0).all()
