@@ -116,7 +116,7 @@ class _Fields:
     def fail(self, name: str, expected: str) -> InputError:
         value = self.data.get(name)
         # reprlib stops at a depth; json.dumps would recurse into whatever nesting the file has.
-        text = reprlib.repr(value) if isinstance(value, dict | list) else json.dumps(value)[:80]
+        text = (reprlib.repr(value) if isinstance(value, dict | list) else json.dumps(value))[:80]
         found = text if name in self.data else "nothing"
         return InputError(f"{self.where}: field {name!r}: expected {expected}, found {found}")
 

@@ -79,7 +79,7 @@ def _values(row: Row, name: str, shape: tuple[int, ...], seed: int) -> np.ndarra
     x = _random(name, shape, seed)
     if row.storage == VECTOR:
         return x * 0.05 if row.path[-1] == "bias" else 1 + x * 0.1
-    return x if row.path == ("embed",) else x * shape[-1] ** -0.5
+    return x if row.path[-1] == "embed" else x * shape[-1] ** -0.5
 
 
 def _tensors(config: Config) -> Iterator[tuple[int, Row, str, str]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
-from quant.formats import E4M3, Format, decode, decode_finite_e4m3
+from quant.formats import E4M3, Format, decode, decode_finite_e4m3, unpack
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 TILE_ELEMENTS = 1 << 17
@@ -53,7 +53,7 @@ def reference_block_scaled_dot(
     """
     n, k = w.shape
     bk = w.block[1]
-    if w.format != E4M3 or -(-k // bk) != scales.shape[-1]:
+    if w.format != E4M3 or bk < 1 or -(-k // bk) != scales.shape[-1]:
         raise ValueError(f"activation groups {scales.shape} do not match weight blocks {w.block} of {w.shape}")
     pad = scales.shape[-1] * bk - k
 
@@ -72,8 +72,8 @@ def _tile_rows(n: int, k: int, bn: int) -> int:
     """Rows per tile: a power of two with about TILE_ELEMENTS, made to fit the row block of the scales."""
     target = max(8, min(MAX_TILE_ROWS, TILE_ELEMENTS // k))
     rows = 1 << (target.bit_length() - 1)
-    if max(rows, bn) % min(rows, bn):
-        rows = bn
+    if max(rows, bn) % min(rows, bn) and bn <= MAX_TILE_ROWS:
+        rows = bn  # a tile that cuts a block is right too, but costs a gather of its scales
     return min(rows, n)
 
 
@@ -93,7 +93,9 @@ def _tile_dot(tile: jax.Array | QArray, x: jax.Array) -> jax.Array:
         return _dot(tile.astype(jnp.float32), x)
     parts: tuple[tuple[jax.Array, jax.Array], ...]
     bk = tile.block[1] or tile.shape[-1]
-    if tile.format.packed:
+    if tile.format.packed and bk % 2:
+        parts = ((x, unpack(tile.codes)),)
+    elif tile.format.packed:
         # Interleaving the nibbles costs six times as much as splitting the activations into even and odd channels.
         parts = ((x[:, 0::2], tile.codes & 0xF), (x[:, 1::2], tile.codes >> 4))
         bk //= 2

@@ -19,9 +19,10 @@ from dsjax.cache import KEY_BLOCK, init_cache
 from dsjax.config import Config, parse_config
 from dsjax.models import v3
 from dsjax.numerics import Numerics
-from dsjax.params import LINEAR, abstract_params, leaf_shape, matrix_shape, table
+from dsjax.params import VECTOR, abstract_params, leaf_shape, matrix_shape, table
 from dsjax.presets import preset
-from quant import group_size
+from quant import group_size, reference_dot
+from quant.matmul import TILE_ELEMENTS
 
 CONFIG: Config = parse_config(
     {
@@ -44,8 +45,18 @@ NUMERICS = {
     "bfloat16": Numerics("plain", "bfloat16"),
     "native": Numerics("native", "bfloat16"),
 }
+CASES = [
+    ("float32", 1),
+    ("bfloat16", 1),
+    ("native", 1),
+    ("native", 120),
+    pytest.param("float32", 120, marks=pytest.mark.full),
+    pytest.param("bfloat16", 120, marks=pytest.mark.full),
+]
 SHORT, LONG = 1016, 16376  # capacities 1024 and 16384
-DECODE, PREFILL = 1, 128
+DECODE, PREFILL = 1, 120
+"""Tokens. 120, not 128: no product of it with heads or choices is the width of a weight, so a shape tells what it belongs to."""
+
 EXPERT_BYTES = 3 * 512 * 1024 + 3 * 4 * 4 * 8  # codes, and a float32 scale per 128 x 128
 
 
@@ -53,15 +64,14 @@ EXPERT_BYTES = 3 * 512 * 1024 + 3 * 4 * 4 * 8  # codes, and a float32 scale per 
 def _compiled(kind: str, tokens: int, max_length: int) -> tuple[Any, int]:
     """The step compiled for one slot, its cache donated, and the cache's bytes."""
     numerics = NUMERICS[kind]
-    cache = jax.eval_shape(partial(init_cache, CONFIG, 1, max_length, numerics.dtype))
+    cache = init_cache(CONFIG, 1, max_length, numerics.dtype)
     step = jax.jit(partial(v3.step, CONFIG, numerics), donate_argnums=1)
     new, row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     compiled = step.lower(abstract_params(CONFIG), cache, new, row).compile()
     return compiled, sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
 
 
-@pytest.mark.parametrize("tokens", [DECODE, PREFILL])
-@pytest.mark.parametrize("kind", NUMERICS)
+@pytest.mark.parametrize(("kind", "tokens"), CASES)
 def test_the_cache_is_updated_in_place(kind: str, tokens: int) -> None:
     """All of the cache's bytes are aliased, and temporary memory is the same for a cache 16 times as long."""
     temporary = []
@@ -72,3 +82,72 @@ def test_the_cache_is_updated_in_place(kind: str, tokens: int) -> None:
         temporary.append(memory.temp_size_in_bytes)
     print(kind, tokens, temporary)
     assert temporary[0] == temporary[1]
+
+
+def _activation_bytes(tokens: int) -> int:
+    """A bound on what lives at once besides weights' tiles, every value counted as float32, one slot.
+
+    - The stream, always: residual, delta, normalised input and one copy: 4 T D.
+    - In attention: queries in and out of the latent space (T H K, 2 T H A), three buffers of the context (loop carry,
+      its update, its rounded copy: 3 T H C), three of the scores of one key block (scores, exponentials, copy), and the
+      key block twice.
+    - Or in the experts: with P = T k assignments in G blocks of g rows, the rows in and out (2 G g D), gate, up, inner
+      and inner quantised (4 G g M), and the outputs gathered back and weighted (2 P D).
+    - Or in a dense layer: gate, up, inner and inner quantised: 4 T F.
+    """
+    c, t = CONFIG, tokens
+    heads = c.qk_head_dim + 2 * c.latent_dim + 3 * c.kv_lora_rank + 3 * KEY_BLOCK
+    attention = t * c.num_attention_heads * heads + 2 * KEY_BLOCK * c.latent_dim
+    assignments = t * c.num_experts_per_tok
+    size = group_size(t, c.num_experts_per_tok, c.n_routed_experts)
+    rows = min(assignments, c.n_routed_experts + assignments // size) * size
+    moe = rows * (2 * c.hidden_size + 4 * c.moe_intermediate_size) + 2 * assignments * c.hidden_size
+    dense = 4 * t * c.intermediate_size
+    return 4 * (4 * t * c.hidden_size + max(attention, moe, dense))
+
+
+@pytest.mark.parametrize(("kind", "tokens"), CASES)
+def test_temporary_memory_is_less_than_an_expert_and_the_activations(kind: str, tokens: int) -> None:
+    compiled, _ = _compiled(kind, tokens, SHORT)
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    print(kind, tokens, temporary, EXPERT_BYTES + _activation_bytes(tokens))
+    assert temporary < EXPERT_BYTES + _activation_bytes(tokens)
+    if tokens == DECODE:  # a step that moves every weight once must not hold a thousandth of them
+        weights = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(abstract_params(CONFIG)))
+        assert temporary < weights / 50
+
+
+def _forbidden() -> dict[tuple[int, int], str]:
+    """(rows, columns) of every matrix that is more than a tile, alone, and of each stack of it, in both orders."""
+    shapes = {}
+    for row in table(CONFIG):
+        if row.storage == VECTOR or math.prod(matrix_shape(row, CONFIG)) <= TILE_ELEMENTS:
+            continue
+        n, k = matrix_shape(row, CONFIG)
+        stack = leaf_shape(row, CONFIG)[:-2]
+        for lead in {1, *(math.prod(stack[i:]) for i in range(len(stack)))}:
+            shapes[lead * n, k] = shapes[lead * k, n] = ".".join(row.path)
+    return shapes
+
+
+def _whole_weights(text: str) -> list[str]:
+    """Float arrays in optimised HLO that hold a whole matrix, or a stack of them, however its rows are split up."""
+    forbidden, found = _forbidden(), []
+    for dtype, shape in set(re.findall(r"\b(f16|bf16|f32|f64)\[([0-9,]+)\]", text)):
+        dims = [n for n in map(int, shape.split(",")) if n > 1]
+        if len(dims) > 1 and (math.prod(dims[:-1]), dims[-1]) in forbidden:
+            found.append(f"{dtype}[{shape}] {forbidden[math.prod(dims[:-1]), dims[-1]]}")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "tokens"), CASES)
+def test_no_weight_is_ever_decoded_whole(kind: str, tokens: int) -> None:
+    assert _whole_weights(_compiled(kind, tokens, SHORT)[0].as_text()) == []
+
+
+def test_a_whole_decode_would_be_seen() -> None:
+    """The reference product decodes one expert's matrix whole."""
+    leaves = abstract_params(CONFIG)["moe"]["experts"]
+    x = jax.ShapeDtypeStruct((PREFILL, 1024), jnp.float32)
+    whole = jax.jit(lambda x, w: reference_dot(x, w, (1, 5))).lower(x, leaves["gate"]).compile()
+    assert _whole_weights(whole.as_text())

@@ -1,4 +1,4 @@
-"""Configs: presets, every spelling of RoPE scaling, the published constants, and mutations that must fail as promised."""
+"""Configs: presets, spellings of RoPE scaling, published constants, and mutations that must fail as promised."""
 
 from __future__ import annotations
 
@@ -186,7 +186,9 @@ def test_mutations_give_a_config_or_an_input_error(source: str | Path, draw: st.
 
 
 @settings(max_examples=100, deadline=None)
-@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | st.from_regex(rb"[\[\]{}\",:0-9a]{0,30}"))
+@given(
+    content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | st.from_regex(rb"[\[\]{}\",:0-9a]{0,30}")
+)
 def test_any_bytes_as_config(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp() / "any-bytes"
     folder.mkdir(exist_ok=True)

@@ -278,7 +278,9 @@ def test_exact_divide_under_vmap_over_the_dividend(compiled: bool) -> None:
     a, b = np.float32(rng.uniform(1e-4, 1e3, (50, 400))), np.float32(rng.uniform(0.5, 3, (400,)))
     for divisor in (np.float32(448), b):
         want = a / divisor
-        assert_same_float32(run(jax.vmap(lambda v, d=divisor: formats.exact_divide(v, d)), compiled, a), want)
+        assert_same_float32(
+            run(jax.vmap(lambda v, d=divisor: formats.exact_divide(v, jnp.asarray(d))), compiled, a), want
+        )
     scales = np.float32(rng.uniform(0.5, 3, 50))
     got = run(jax.vmap(formats.exact_divide, in_axes=(None, 0)), compiled, a[0], scales)
     assert_same_float32(got, a[0] / scales[:, None])

@@ -37,7 +37,7 @@ TOKENS = (1, 5, 33, 200)
 BOUND = 2e-6  # of the largest output: summation order in float32
 
 few_examples = settings(
-    max_examples=15, deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=12, deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -91,7 +91,7 @@ CASES = [
 
 @pytest.mark.parametrize(("fmt", "block", "pow2", "tokens"), CASES, ids=str)
 def test_block_scaled_dot_on_formats_and_blocks(fmt: Format, block: Block, pow2: bool, tokens: int) -> None:
-    """Several tiles, partial blocks at both edges and a partial last tile (N = 333 is odd, and K is where it may be)."""
+    """Several tiles, partial blocks at both edges and a partial last tile; N is odd, and K where it may be."""
     rng = np.random.default_rng(tokens)
     k = 258 if fmt.packed else 259
     w, numbers = random_weight(rng, (333, k), fmt, block, pow2)
@@ -264,7 +264,7 @@ def check_groups(groups: Groups, choices: np.ndarray, experts: int, valid: np.nd
     counts = np.bincount(choices[valid].reshape(-1), minlength=experts)
     assert int(groups.used) == sum(math.ceil(c / size) for c in counts) <= len(expert)
     assert (source[int(groups.used) * size :] == t * k).all()
-    assert ((0 <= expert) & (expert < experts)).all()
+    assert ((expert >= 0) & (expert < experts)).all()
 
 
 def routing(rng: np.random.Generator, tokens: int, choices: int, experts: int) -> np.ndarray:
@@ -272,7 +272,7 @@ def routing(rng: np.random.Generator, tokens: int, choices: int, experts: int) -
     return rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)[:, :choices].astype(np.int32)
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 64])
+@pytest.mark.parametrize("size", [1, 2, 64])
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (1, 6, 64), (37, 4, 16), (50, 2, 3)], ids=str)
 def test_groups_hold_each_valid_assignment_once(tokens: int, choices: int, experts: int, size: int) -> None:
     rng = np.random.default_rng(tokens)
@@ -300,11 +300,11 @@ def test_groups_with_all_tokens_on_one_expert(expert: int) -> None:
     np.testing.assert_array_equal(np.asarray(groups.source)[:70], np.arange(70))  # stable: tokens keep their order
 
 
-@pytest.mark.parametrize("experts", [8, 64, 256])
+@pytest.mark.parametrize("experts", [64, 256])
 def test_trips_follow_routed_tokens_not_experts(experts: int) -> None:
     """The loop of grouped_matmul runs `used` times: bounded by assignments, whatever the number of experts."""
     rng = np.random.default_rng(experts)
-    for tokens in (1, 4, 32):
+    for tokens in (1, 32):
         chosen = routing(rng, tokens, 4, 8)  # the same eight experts are chosen from, however many there are
         used = [int(jit_group(chosen, e, np.ones(tokens, bool), 8).used) for e in (8, experts)]
         assert used[0] == used[1] <= min(tokens * 4, 8 + tokens * 4 // 8)
