@@ -42,8 +42,8 @@ class Cache:
       length: int32 [B], tokens in each slot; the only truth about positions.
     """
 
-    latent: jax.Array
-    length: jax.Array
+    latent: Any  # arrays, or whatever stands for them in a tree: shapes, shardings
+    length: Any
 
     @property
     def capacity(self) -> int:

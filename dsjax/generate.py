@@ -175,7 +175,7 @@ class Engine:
 
         ids: list[list[int]] = [[] for _ in prompts]
         reasons: list[str | None] = [None] * batch
-        room = [min(max_new_tokens, limit - len(p) + 1) for p in prompts]
+        room = [min(max_new_tokens, limit - len(p)) for p in prompts]
         while True:
             for i in range(batch):
                 if reasons[i] is None:

@@ -186,10 +186,10 @@ class Groups:
       size: rows per block.
     """
 
-    source: jax.Array
-    place: jax.Array
-    expert: jax.Array
-    used: jax.Array
+    source: Any
+    place: Any
+    expert: Any
+    used: Any
     size: int
 
 

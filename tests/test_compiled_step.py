@@ -55,7 +55,7 @@ CASES = [
 ]
 SHORT, LONG = 1016, 16376  # capacities 1024 and 16384
 DECODE, PREFILL = 1, 120
-"""Tokens. 120, not 128: no product of it with heads or choices is the width of a weight, so a shape tells what it belongs to."""
+"""Tokens. 120, not 128: no product of it with heads or choices is a weight's width, so a shape tells its owner."""
 
 EXPERT_BYTES = 3 * 512 * 1024 + 3 * 4 * 4 * 8  # codes, and a float32 scale per 128 x 128
 
@@ -64,7 +64,7 @@ EXPERT_BYTES = 3 * 512 * 1024 + 3 * 4 * 4 * 8  # codes, and a float32 scale per 
 def _compiled(kind: str, tokens: int, max_length: int) -> tuple[Any, int]:
     """The step compiled for one slot, its cache donated, and the cache's bytes."""
     numerics = NUMERICS[kind]
-    cache = init_cache(CONFIG, 1, max_length, numerics.dtype)
+    cache = jax.eval_shape(partial(init_cache, CONFIG, 1, max_length, numerics.dtype))
     step = jax.jit(partial(v3.step, CONFIG, numerics), donate_argnums=1)
     new, row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     compiled = step.lower(abstract_params(CONFIG), cache, new, row).compile()
