@@ -200,11 +200,11 @@ def test_stops_at_the_end_token(where: str, model: Path, tmp_path: Path, capsys:
 
 
 def test_stops_at_max_length(model: Path, capsys: Capture) -> None:
-    """The last of --max-length positions is taken; one more token is known from it."""
+    """--max-length bounds prompt and output together."""
     (free,) = generate(capsys, model, *PROMPT)
     (short,) = generate(capsys, model, *PROMPT, "--max-length", 5)
     assert short["finish_reason"] == "length"
-    assert short["output_ids"] == free["output_ids"][:3]
+    assert short["output_ids"] == free["output_ids"][:2]
 
 
 # --- generate: batches -----------------------------------------------------------------------------------------------
