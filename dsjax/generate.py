@@ -76,12 +76,18 @@ def _sampled_step(
     cache: Cache,
     tokens: jax.Array,
     n_new: jax.Array,
+    random_key: jax.Array,
     sequences: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """One step and a draw from its last logits: (int32 [B], cache)."""
     logits, _, cache = v3.step(config, numerics, params, cache, tokens, n_new, "last")
     assert logits is not None
-    return sample(logits, sampling, vocabulary, sequences, cache.length), cache
+    return sample(logits, sampling, vocabulary, random_key, sequences, cache.length), cache
+
+
+def _compiler_options() -> dict[str, Any]:
+    """XLA:CPU prefers 256-bit vectors even where the machine has wider ones; decoding gains 5 - 8% from 512."""
+    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
 
 class Engine:
@@ -99,14 +105,19 @@ class Engine:
         self.numerics = numerics
         self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
         self._compiled: dict[Any, Any] = {}
+        self._scoring = (
+            jax.jit(partial(v3.step, config, numerics, want="all"), donate_argnums=1),
+            jax.jit(partial(v3.draft, config, numerics, want="all"), donate_argnums=1),
+        )
 
     def cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` slots of `max_length` tokens."""
         return init_cache(self.config, batch, max_length, self.numerics.dtype)
 
     def compiled(self, cache: Cache, tokens: int, sampling: Sampling) -> Any:
-        """The sampled step for T = `tokens`, compiled ahead; its cache argument is donated."""
+        """The sampled step for T = `tokens`, compiled ahead for any seed; its cache argument is donated."""
         batch = cache.length.shape[0]
+        sampling = dataclasses.replace(sampling, seed=0)
         key = (batch, cache.capacity, tokens, sampling)
         if key not in self._compiled:
             function = jax.jit(
@@ -114,7 +125,9 @@ class Engine:
             )
             row = jax.ShapeDtypeStruct((batch,), jnp.int32)
             new = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-            self._compiled[key] = function.lower(self.params, cache, new, row, row).compile()
+            random_key = jax.eval_shape(lambda: jax.random.key(0))
+            lowered = function.lower(self.params, cache, new, row, random_key, row)
+            self._compiled[key] = lowered.compile(_compiler_options())
         return self._compiled[key]
 
     def generate(
@@ -160,6 +173,7 @@ class Engine:
             self.compiled(cache, width, sampling)
         timing.compile_s = time.perf_counter() - start
 
+        random_key = jax.random.key(sampling.seed)
         sequences = np.arange(first_sequence, first_sequence + batch, dtype=np.int32)
         start = time.perf_counter()
         next_ids = np.zeros(batch, np.int32)
@@ -169,7 +183,9 @@ class Engine:
             tokens = np.zeros((batch, width), np.int32)
             for i, prompt in enumerate(prompts):
                 tokens[i, : n_new[i]] = prompt[at : at + width]
-            drawn, cache = self.compiled(cache, width, sampling)(self.params, cache, tokens, n_new, sequences)
+            drawn, cache = self.compiled(cache, width, sampling)(
+                self.params, cache, tokens, n_new, random_key, sequences
+            )
             next_ids = np.where(n_new > 0, drawn, next_ids)
         timing.ttft_s = time.perf_counter() - start
 
@@ -190,7 +206,9 @@ class Engine:
                 break
             start = time.perf_counter()
             active = np.array([r is None for r in reasons], np.int32)
-            drawn, cache = self.compiled(cache, 1, sampling)(self.params, cache, next_ids[:, None], active, sequences)
+            drawn, cache = self.compiled(cache, 1, sampling)(
+                self.params, cache, next_ids[:, None], active, random_key, sequences
+            )
             next_ids = np.asarray(drawn)
             timing.token_s.append(time.perf_counter() - start)
         return [Output(i, r or "length") for i, r in zip(ids, reasons, strict=True)], timing
@@ -214,8 +232,7 @@ class Engine:
             check_ids(row, self.config, f"row {i}")
         if length > self.config.max_position_embeddings:
             raise InputError(f"rows of {length} tokens: expected at most {self.config.max_position_embeddings}")
-        step = jax.jit(partial(v3.step, self.config, self.numerics, want="all"), donate_argnums=1)
-        draft = jax.jit(partial(v3.draft, self.config, self.numerics, want="all"), donate_argnums=1)
+        step, draft = self._scoring
         cache = self.cache(batch, length)
         draft_cache = init_cache(self.config, batch, length, self.numerics.dtype, layers=1)
         logits, drafts = [], []

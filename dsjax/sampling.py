@@ -41,6 +41,7 @@ def sample(
     logits: Float32[Array, "B V"],
     sampling: Sampling,
     vocabulary: int,
+    key: jax.Array,
     sequences: Int32[Array, " B"],
     positions: Int32[Array, " B"],
 ) -> Int32[Array, " B"]:
@@ -50,6 +51,7 @@ def sample(
       logits: float32 [B, V].
       sampling: static.
       vocabulary: ids from here on are padding and never drawn; static.
+      key: jax.random.key(sampling.seed), passed as an array so that another seed compiles nothing.
       sequences: int32 [B], each row's sequence number.
       positions: int32 [B], the position the token will take.
 
@@ -64,11 +66,9 @@ def sample(
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-    base = jax.random.key(sampling.seed)
 
     def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, sequence), position)
-        return jax.random.categorical(key, row)
+        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, sequence), position), row)
 
     place = jax.vmap(draw)(ranked, sequences, positions)
     return jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0].astype(jnp.int32)

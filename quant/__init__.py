@@ -9,6 +9,7 @@ from quant.matmul import (
     reference_block_scaled_dot,
     reference_dot,
     take_tile,
+    tile_rows,
 )
 from quant.qarray import WHOLE, QArray, dequantise, retile
 from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
@@ -39,4 +40,5 @@ __all__ = [
     "reference_dot",
     "retile",
     "take_tile",
+    "tile_rows",
 ]

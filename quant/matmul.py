@@ -19,10 +19,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from quant.formats import E4M3, Format, decode, decode_finite_e4m3, unpack
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
-TILE_ELEMENTS = 1 << 17
-"""Weights decoded at a time: 512 KB of float32, the least that XLA:CPU spreads over two cores."""
+TILE_ELEMENTS = 1 << 20
+"""Weights decoded at a time, 4 MB as float32: large enough for XLA:CPU to spread a tile over its threads and to hide
+what starting an operation costs (measured from 64 K to 2 M; see docs/decisions.md)."""
 
-MAX_TILE_ROWS = 512
+MAX_TILE_ROWS = 2048
 MAX_GROUP_ROWS = 128
 
 Index = tuple[Any, ...]
@@ -68,13 +69,16 @@ def reference_block_scaled_dot(
 # --- tiled form -----------------------------------------------------------------------------------------------------
 
 
-def _tile_rows(n: int, k: int, bn: int) -> int:
-    """Rows per tile: a power of two with about TILE_ELEMENTS, made to fit the row block of the scales."""
-    target = max(8, min(MAX_TILE_ROWS, TILE_ELEMENTS // k))
-    rows = 1 << (target.bit_length() - 1)
-    if max(rows, bn) % min(rows, bn) and bn <= MAX_TILE_ROWS:
-        rows = bn  # a tile that cuts a block is right too, but costs a gather of its scales
-    return min(rows, n)
+def tile_rows(n: int, k: int, bn: int) -> int:
+    """Rows per tile for a matrix [n, k] with row blocks of bn: about TILE_ELEMENTS.
+
+    A tile is made of whole blocks or divides one; one that cuts a block would cost a gather of its scales.
+    """
+    limit = min(n, max(8, min(MAX_TILE_ROWS, TILE_ELEMENTS // k)))
+    if limit >= bn:
+        return limit - limit % bn
+    rows = 1 << (limit.bit_length() - 1)
+    return rows if bn % rows == 0 or bn > MAX_TILE_ROWS else min(bn, n)
 
 
 def _decode_tile(codes: jax.Array, fmt: Format) -> tuple[jax.Array, float]:
@@ -152,7 +156,7 @@ def block_scaled_dot(
     channels = x.reshape(-1, k).astype(jnp.float32)
     t = channels.shape[0]
     bn = (w.block[0] or n) if isinstance(w, QArray) and w.scales is not None else 1
-    rows = _tile_rows(n, k, bn)
+    rows = tile_rows(n, k, bn)
     full = n // rows
 
     def one(start: Any, size: int) -> jax.Array:

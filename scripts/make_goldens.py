@@ -1,12 +1,14 @@
 """Make small reference checkpoints: DeepSeek's file format, Hugging Face's logits.
 
-An oracle that shares no code with this repository. For each geometry it draws random weights, writes them as a checkpoint
-folder in DeepSeek's official format (config.json, safetensors, F8_E4M3 codes + `_scale_inv`), loads exactly the values that the
-files stand for (float32 product code x scale, BF16 widened) into Hugging Face transformers, and saves the float32 logits:
+An oracle that shares no code with this repository. For each geometry it draws random weights, writes them as a
+checkpoint folder in DeepSeek's official format (config.json, safetensors, F8_E4M3 codes + `_scale_inv`), loads exactly
+the values that the files stand for (float32 product code x scale, BF16 widened) into Hugging Face transformers, and
+saves the float32 logits:
 
     <folder>/config.json, model*.safetensors[.index.json]
-    <folder>/reference.npz    tokens int32 [B, T], logits float32 [B, T, V], and with a draft module mtp_logits float32 [B, T-1, V]
-                              (row i: hidden state of position i and token i+1, predicts token i+2)
+    <folder>/reference.npz    tokens int32 [B, T], logits float32 [B, T, V], and with a draft module
+                              mtp_logits float32 [B, T-1, V] (row i: hidden state of position i and token i+1,
+                              predicts token i+2)
 
     python scripts/make_goldens.py [NAME ...] [--out tests/goldens] [--seed N]
 """
@@ -66,8 +68,8 @@ YARN = json.loads("""{"type": "yarn", "factor": 40, "original_max_position_embed
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}""")
 # The fields and spellings of DeepSeek's config.json; sizes that no geometry overrides are these.
 COMMON = json.loads("""{
-    "attention_bias": false, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 1,
-    "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 96, "kv_lora_rank": 32,
+    "attention_bias": false, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 96, "kv_lora_rank": 32,
     "max_position_embeddings": 163840, "moe_intermediate_size": 16, "moe_layer_freq": 1, "n_routed_experts": 16,
     "n_shared_experts": 1, "num_attention_heads": 4, "num_experts_per_tok": 4, "num_hidden_layers": 3,
     "num_key_value_heads": 4, "pretraining_tp": 1, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
@@ -209,7 +211,7 @@ def _per_block(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def quantise(weight: torch.Tensor, scales: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises float32 [out, in] to E4M3 codes and 128x128 block scales; edge blocks are zero-padded for the amax only.
+    """Quantises float32 [out, in] to E4M3 codes and 128x128 block scales; edge blocks are zero-padded for amax only.
 
     Returns the codes [out, in] and the scales [cdiv(out, 128), cdiv(in, 128)] in the dtype they are stored in.
     """
@@ -246,7 +248,7 @@ def dequantise(stored: Tensors) -> Tensors:
 
 
 def build(config: Mapping[str, Any]) -> tuple[Model, Model | None]:
-    """Builds Hugging Face's model in float32 with eager attention and eager experts, and its MtpModel if there is one."""
+    """Builds Hugging Face's model in float32 with eager attention and experts, and its MtpModel if there is one."""
     arguments = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "auto_map")}
     v2 = config["model_type"] == "deepseek_v2"
     config_class, model_class = (
@@ -273,7 +275,7 @@ def _pieces(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _official(name: str, mtp_index: int | None) -> str:
-    """Official name of a Hugging Face tensor; `mtp_index` is the layer index of the MTP module, None for the main model."""
+    """Official name of a Hugging Face tensor; `mtp_index` is the MTP module's layer index, None for the main model."""
     if mtp_index is None:
         return name
     name = {
@@ -332,7 +334,7 @@ def store(name: str, value: torch.Tensor, geometry: Geometry) -> Tensors:
 
 
 def draw_checkpoint(model: Model, mtp: Model | None, geometry: Geometry, seed: int) -> Tensors:
-    """Draws all tensors of a checkpoint, by official name and in stored form; the MTP embedding and head are duplicates."""
+    """Draws all tensors of a checkpoint, by official name and in stored form; MTP embedding and head are duplicates."""
     main_index = model.config.num_hidden_layers
     duplicates = {
         f"model.layers.{main_index}.embed_tokens.weight": "model.embed_tokens.weight",
@@ -415,7 +417,7 @@ def make(name: str, folder: Path, seed: int | None = None) -> None:
         name: a key of GEOMETRIES.
         folder: made if missing; model files already there are replaced.
         seed: of weights and tokens; None is the geometry's own, which the committed files have. Tokens whose routing is
-            nearly tied anywhere are drawn again, so any seed gives a reference that float32 summation order cannot flip.
+            nearly tied anywhere are drawn again, so any seed gives a reference that summation order cannot flip.
 
     Raises:
         KeyError: no such geometry.

@@ -170,7 +170,9 @@ def rope_settings(config: Config) -> dict[str, Any]:
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     unscaled = given.get("mscale") and given.get("mscale") == given.get("mscale_all_dim")  # cos and sin, as in 2.2
-    assert kind == "default" or (kind == "yarn" and unscaled), f"RoPE scaling that no release of the family has: {given}"
+    assert kind == "default" or (kind == "yarn" and unscaled), (
+        f"RoPE scaling that no release of the family has: {given}"
+    )
     return {"rope_theta": config.get("rope_theta", 10000.0), **given, "kind": kind}
 
 

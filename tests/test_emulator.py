@@ -141,7 +141,7 @@ def test_ue8m0_decodes_all_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "amax, scale, power",
+    ("amax", "scale", "power"),
     [(1e-4, 2.2321e-7, -22), (0.5, 0.00111607, -9), (1, 0.00223214, -8), (3.5, 0.0078125, -7), (448, 1, 0),
      (449, 1.0022, 1), (896, 2, 1), (0, 2.2321e-7, -22)],
 )  # fmt: skip

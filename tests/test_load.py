@@ -123,8 +123,7 @@ def test_nothing_is_inflated(name: str) -> None:
 @pytest.mark.parametrize("name", sampled(NAMES, 2, 60))
 def test_staging_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit of 1000 bytes: equal leaves, no region above the limit but single rows, all bytes moved once."""
-    # `limit` is a default argument, bound when the module was made: STAGING_BYTES itself is no longer read.
-    monkeypatch.setattr(loading.split_region, "__defaults__", (1000,))
+    monkeypatch.setattr(loading, "STAGING_BYTES", 1000)
     model = golden(name)
     mtp = model.mtp_logits is not None
     staged: list[int] = []
@@ -148,7 +147,7 @@ def test_staging_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", sampled(NAMES, 2, 61))
 def test_filled_in_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU nothing is staged; regions of 1000 bytes and staged ones give the same leaves, to the bit."""
-    monkeypatch.setattr(loading.split_region, "__defaults__", (1000,))
+    monkeypatch.setattr(loading, "STAGING_BYTES", 1000)
     model = golden(name)
     _, params, stats = load(model.folder, mtp=model.mtp_logits is not None)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(model.params), strict=True):

@@ -187,13 +187,13 @@ def test_block_scaled_dot_copies_no_layer_and_decodes_no_matrix() -> None:
     """Temporary memory does not depend on the depth of the stack, and stays below the decoded matrix."""
 
     def temporaries(layers: int) -> int:
-        codes, scales = jax.ShapeDtypeStruct((layers, 1024, 1024), jnp.uint8), (layers, 8, 8)
+        codes, scales = jax.ShapeDtypeStruct((layers, 4096, 2048), jnp.uint8), (layers, 32, 16)
         w = QArray(codes, jax.ShapeDtypeStruct(scales, jnp.float32), E4M3, (128, 128))
-        x, i = jax.ShapeDtypeStruct((4, 1024), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        x, i = jax.ShapeDtypeStruct((4, 2048), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         compiled = jax.jit(lambda x, w, i: block_scaled_dot(x, w, (i,))).lower(x, w, i).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(2) == temporaries(16) < 1024 * 1024 * 4 / 2
+    assert temporaries(2) == temporaries(16) < 4096 * 2048 * 4 / 2
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -49,7 +49,7 @@ class LoadStats:
         self.peak_staging_bytes = max(self.peak_staging_bytes, nbytes)
 
 
-def split_region(region: Region, itemsize: int, limit: int = STAGING_BYTES) -> Iterator[Region]:
+def split_region(region: Region, itemsize: int, limit: int) -> Iterator[Region]:
     """Cuts a region into regions of at most `limit` bytes, along leading axes first, never inside a row."""
     extents = [stop - start for start, stop in region]
     if math.prod(extents) * itemsize <= limit:
@@ -82,7 +82,7 @@ def load_plan(config: Config, stored: dict[Any, Stored], *, mtp: bool = False) -
         if row.copy_of is None and (mtp or not is_mtp(row)):
             for array in leaf_arrays(row, config, stored[row.path]).values():
                 whole = tuple((0, n) for n in array.shape)
-                for region in split_region(whole, array.dtype.itemsize):
+                for region in split_region(whole, array.dtype.itemsize, STAGING_BYTES):
                     nbytes = math.prod(b - a for a, b in region) * array.dtype.itemsize
                     stats.staged(nbytes)
                     stats.bytes += nbytes
@@ -140,7 +140,7 @@ class _Loader:
     def _in_place(self, row: Row, part: str, bounds: Region, dtype: np.dtype) -> np.ndarray:
         """A host device's part of an array, filled where it will stay."""
         buffer = _host_buffer([b - a for a, b in bounds], dtype)
-        for region in split_region(bounds, dtype.itemsize):
+        for region in split_region(bounds, dtype.itemsize, STAGING_BYTES):
             inside = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(region, bounds, strict=True))
             self._read(row, part, region, buffer[inside])
         return buffer
@@ -148,7 +148,7 @@ class _Loader:
     def _staged(self, row: Row, part: str, bounds: Region, dtype: np.dtype, where: Sharding) -> jax.Array:
         """Another device's part, filled through host memory a region at a time."""
         buffer = jnp.zeros([b - a for a, b in bounds], dtype, device=where)
-        for region in split_region(bounds, dtype.itemsize):
+        for region in split_region(bounds, dtype.itemsize, STAGING_BYTES):
             piece = np.empty([b - a for a, b in region], dtype)
             self._read(row, part, region, piece)
             self.stats.staged(piece.nbytes)

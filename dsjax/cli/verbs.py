@@ -17,13 +17,13 @@ from dsjax.bench import bench as run_bench
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.safetensors import Files
+from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
 from dsjax.files import check_new_file, new_file
 from dsjax.generate import Engine, check_ids
 from dsjax.numerics import Numerics
 from dsjax.params import accounting
-from dsjax.prompts import read_prompts, read_tokens
 from dsjax.sampling import Sampling
 from dsjax.synth import synth_config, synthesise
 from dsjax.text import Stream, Text, load_text, split_thinking

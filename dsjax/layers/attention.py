@@ -6,7 +6,6 @@ with the cache's capacity, and work grows with the tokens present.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import RopeTable, rope
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, dequantise, take_tile
+from quant import QArray, dequantise, take_tile, tile_rows
 from quant.formats import exact_divide
 
 
@@ -119,20 +118,30 @@ def absorbed_attention(
     g = n + u
     weight_layer, cache_layer = layer
 
-    def head_weight(i: Any, offset: int, rows: int) -> jax.Array:
-        tile = take_tile(kv_b, (weight_layer,), i * g + offset, rows, stride=math.gcd(g, offset))
-        return numerics.round(dequantise(tile) if isinstance(tile, QArray) else tile.astype(jnp.float32))
+    heads = max(1, tile_rows(h * g, c, g) // g)
+    while h % heads:
+        heads -= 1
 
-    def to_latent(_: None, i: jax.Array) -> tuple[None, jax.Array]:
-        q = lax.dynamic_index_in_dim(q_nope, i, axis=2, keepdims=False)
-        return None, numerics.round(_einsum("btn,nc->btc", q, head_weight(i, 0, n)))
+    def head_weights(i: Any, part: slice) -> jax.Array:
+        """Part of the rows of each head of group i, float32 [heads, rows, C]."""
+        tile = take_tile(kv_b, (weight_layer,), i * heads * g, heads * g, stride=heads * g)
+        values = dequantise(tile) if isinstance(tile, QArray) else tile.astype(jnp.float32)
+        return numerics.round(values.reshape(heads, g, c)[:, part])
 
-    def from_latent(_: None, i: jax.Array) -> tuple[None, jax.Array]:
-        o = lax.dynamic_index_in_dim(context, i, axis=2, keepdims=False)
-        return None, numerics.round(_einsum("btc,uc->btu", o, head_weight(i, n, u)))
+    def over_heads(spec: str, x: jax.Array, part: slice) -> jax.Array:
+        """x [B, T, H, .] times each head's part of kv_b, a group of heads at a time: [B, T, H, .]."""
 
-    _, q_latent = lax.scan(to_latent, None, jnp.arange(h))
-    query = jnp.concatenate([jnp.moveaxis(q_latent, 0, 2), q_rope], axis=-1)
+        def one(_: None, i: Any) -> tuple[None, jax.Array]:
+            group = lax.dynamic_slice_in_dim(x, i * heads, heads, axis=2)
+            return None, numerics.round(_einsum(spec, group, head_weights(i, part)))
+
+        if h == heads:
+            return one(None, 0)[1]
+        _, groups = lax.scan(one, None, jnp.arange(h // heads))
+        return jnp.moveaxis(groups, 0, 2).reshape(b, t, h, -1)
+
+    q_latent = over_heads("bthn,hnc->bthc", q_nope, slice(0, n))
+    query = jnp.concatenate([q_latent, q_rope], axis=-1)
 
     def score(j: Any) -> jax.Array:
         keys = read_block(latent, cache_layer, j)
@@ -142,8 +151,7 @@ def absorbed_attention(
         return _einsum("bths,bsc->bthc", p, read_block(latent, cache_layer, j)[..., :c])
 
     context = numerics.round(attend(score, value, blocks, (b, t, h), c, numerics))
-    _, out = lax.scan(from_latent, None, jnp.arange(h))
-    return jnp.moveaxis(out, 0, 2)
+    return over_heads("bthc,huc->bthu", context, slice(n, n + u))
 
 
 def naive_attention(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.config import Config
@@ -81,7 +82,8 @@ class Experts(nnx.Module):
         inner = swiglu(matmul(rows, self.gate[...]), matmul(rows, self.up[...]), self.numerics)
         outputs = matmul(self.numerics.operand(inner, self.down[...]), self.down[...])
         picked = outputs.at[groups.place].get(mode="fill", fill_value=0)
-        return jnp.sum(picked.astype(jnp.float32) * weights[..., None], axis=1)
+        # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
+        return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
 
 
 class MoE(nnx.Module):
