@@ -69,7 +69,8 @@ YARN = json.loads("""{"type": "yarn", "factor": 40, "original_max_position_embed
 # The fields and spellings of DeepSeek's config.json; sizes that no geometry overrides are these.
 COMMON = json.loads("""{
     "attention_bias": false, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1,
-    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 96, "kv_lora_rank": 32,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02,
+    "intermediate_size": 96, "kv_lora_rank": 32,
     "max_position_embeddings": 163840, "moe_intermediate_size": 16, "moe_layer_freq": 1, "n_routed_experts": 16,
     "n_shared_experts": 1, "num_attention_heads": 4, "num_experts_per_tok": 4, "num_hidden_layers": 3,
     "num_key_value_heads": 4, "pretraining_tp": 1, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,

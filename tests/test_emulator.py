@@ -293,6 +293,7 @@ def to_torch(weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str
     return {name: torch.from_numpy(w) for name, w in state.items()}
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("config", [TINY_V3, TINY_V2], ids=["v3", "v2"])
 def test_plain_matches_hugging_face(config: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
@@ -310,6 +311,7 @@ def test_plain_matches_hugging_face(config: dict[str, Any]) -> None:
         assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parity
 def test_mtp_matches_hugging_face() -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -336,6 +338,7 @@ def test_mtp_matches_hugging_face() -> None:
     assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parity
 def test_gates_match_hugging_face() -> None:
     torch = pytest.importorskip("torch")
     v2 = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2")

@@ -217,6 +217,7 @@ def test_official_numpy_library_both_ways(tmp_path: Path) -> None:
         assert_same(loaded[code], expected)
 
 
+@pytest.mark.parity
 def test_official_torch_library_both_ways(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("safetensors.torch")
@@ -245,6 +246,7 @@ def test_official_torch_library_both_ways(tmp_path: Path) -> None:
         assert loaded[code].view(torch.uint8).numpy().tobytes() == expected.tobytes()
 
 
+@pytest.mark.parity
 def test_official_library_agrees_on_f4(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("safetensors.torch")
