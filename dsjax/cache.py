@@ -33,8 +33,8 @@ Latent = Float32[Array, "L B S A"] | UInt16[Array, "L B S A"]
 class Cache:
     """Latent cache of B slots, a pytree with static shapes, to be donated.
 
-    Rolling back k tokens is `length - k` and nothing else: rows at or beyond `length` are never read, and are
-    overwritten by the next tokens.
+    Rolling back k tokens is `length - k` and nothing else: rows at or beyond `length` count as zero, whatever is
+    there, and are overwritten by the next tokens.
 
     Attributes:
       latent: [L, B, S, A]: per position the normalised latent (C values) and the rotated shared key (R values).
@@ -62,8 +62,11 @@ def init_cache(config: Config, batch: int, max_length: int, dtype: str, *, layer
       layers: number of layers, by default the model's; 1 for an MTP module.
     """
     capacity = max_length + SPARE
+    # Few distinct capacities, so that lengths that differ a little share one compiled program.
     if capacity > KEY_BLOCK:
         capacity = -(-capacity // KEY_BLOCK) * KEY_BLOCK
+    else:
+        capacity = 1 << max(capacity - 1, 31).bit_length()
     layers = config.num_hidden_layers if layers is None else layers
     shape = (layers, batch, capacity, config.latent_dim)
     latent = jnp.zeros(shape, jnp.float32 if dtype == "float32" else jnp.uint16)
@@ -94,12 +97,17 @@ def write(
     return latent.at[layer, slots, where].set(rows.astype(latent.dtype), mode="drop", unique_indices=True)
 
 
-def read_block(latent: Latent, layer: Any, block: Any) -> Float32[Array, "B keys A"]:
-    """float32 [B, KEY_BLOCK or S, A]: rows of one layer from position block * KEY_BLOCK on."""
+def read_block(latent: Latent, layer: Any, block: Any, filled: Int32[Array, " B"]) -> Float32[Array, "B keys A"]:
+    """Rows of one layer from position block * KEY_BLOCK on, KEY_BLOCK of them or all.
+
+    Rows at or beyond `filled` are zero: a masked key's probability is zero, but zero times a stale NaN is NaN.
+    """
     _, batch, capacity, width = latent.shape
     size = min(capacity, KEY_BLOCK)
     rows = lax.dynamic_slice(latent, (layer, 0, block * size, 0), (1, batch, size, width))[0]
-    return decode(rows, BF16) if rows.dtype == jnp.uint16 else rows
+    rows = decode(rows, BF16) if rows.dtype == jnp.uint16 else rows
+    positions = block * KEY_BLOCK + jnp.arange(size)
+    return jnp.where((positions < filled[:, None])[..., None], rows, 0.0)
 
 
 def rollback(cache: Cache, tokens: Int32[Array, " B"]) -> Cache:
@@ -125,11 +133,18 @@ class SequenceState:
 def extract(cache: Cache, slot: int) -> SequenceState:
     """The state of one slot, on the host."""
     length = int(cache.length[slot])
-    return SequenceState(STATE_VERSION, length, np.asarray(cache.latent[:, slot, :length]))
+    rows = lax.dynamic_index_in_dim(cache.latent, jnp.int32(slot), axis=1, keepdims=False)
+    return SequenceState(STATE_VERSION, length, np.asarray(rows)[:, :length])
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert(cache: Cache, slot: jax.Array, rows: jax.Array, length: jax.Array) -> Cache:
+    latent = lax.dynamic_update_slice_in_dim(cache.latent, rows[:, None], slot, axis=1)
+    return Cache(latent, cache.length.at[slot].set(length))
 
 
 def insert(cache: Cache, slot: int, state: SequenceState) -> Cache:
-    """The cache with `state` in a slot, whatever was there before forgotten.
+    """The cache with `state` in a slot, whatever was there before forgotten. The cache given is donated.
 
     Raises:
       InputError: if the state is of another version, model or dtype, or too long.
@@ -144,8 +159,9 @@ def insert(cache: Cache, slot: int, state: SequenceState) -> Cache:
         )
     if state.length > capacity:
         raise InputError(f"sequence state: {state.length} tokens do not fit a cache of {capacity}")
-    latent = cache.latent.at[:, slot, : state.length].set(state.latent)
-    return Cache(latent, cache.length.at[slot].set(state.length))
+    rows = np.zeros((layers, capacity, width), state.latent.dtype)
+    rows[:, : state.length] = state.latent
+    return _insert(cache, jnp.int32(slot), rows, jnp.int32(state.length))
 
 
 export.register_pytree_node_serialization(

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float32, Int32
 
 from dsjax.errors import InputError
 
+GREEDY_BELOW = 1e-5
+"""A temperature below this takes the most likely token; dividing by it would overflow."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -59,16 +62,21 @@ def sample(
       int32 [B].
     """
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, logits, -jnp.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    count = min(sampling.top_k or vocabulary, vocabulary)
-    ranked, ids = lax.top_k(logits / sampling.temperature, count)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    ids = None
+    if sampling.top_p < 1 or sampling.top_k:  # only these need the tokens in order, which costs a sort
+        scaled, ids = lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))
+    if sampling.top_p < 1:
+        probabilities = jax.nn.softmax(scaled, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
 
     def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, sequence), position), row)
 
-    place = jax.vmap(draw)(ranked, sequences, positions)
-    return jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    place = jax.vmap(draw)(scaled, sequences, positions)
+    if ids is not None:
+        place = jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
+    return place.astype(jnp.int32)

@@ -51,8 +51,8 @@ class Text:
 
     @property
     def size(self) -> int:
-        """Number of tokens; ids from here on are padding and must not be sampled."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        """One above the highest token's id; ids from here on are padding and must not be sampled."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def bos(self) -> int | None:

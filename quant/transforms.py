@@ -33,7 +33,7 @@ def _scale(amax: jax.Array, fmt: Format, pow2: bool) -> jax.Array:
 
 
 def quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> QArray:
-    """Quantises the last two axes by blocks: scale = amax / max (spec V3 4.2), codes = round(x / scale).
+    """Quantises the last two axes by blocks: scale = max(amax, 1e-4) / max (spec V3 4.2), codes = round(x / scale).
 
     Args:
       x: float [..., N, K].

@@ -247,7 +247,7 @@ def test_extract_insert_elsewhere_go_on(name: str) -> None:
     other = Cache(jnp.asarray(dirty), counts(300, 2))
     moved = insert(other, 0, state)
     np.testing.assert_array_equal(moved.length, [13, 2])
-    np.testing.assert_array_equal(moved.latent[:, 1], other.latent[:, 1])
+    np.testing.assert_array_equal(moved.latent[:, 1], dirty[:, 1])
     again = extract(moved, 0)
     np.testing.assert_array_equal(again.latent, state.latent)
 
@@ -263,6 +263,7 @@ def test_insert_refuses() -> None:
     _feed(model.tokens, [9, 9], [], stepper)
     state = extract(stepper.cache, 0)
     tiny = init_cache(model.config, 1, 0, "float32")
+    tiny = dataclasses.replace(tiny, latent=tiny.latent[:, :, :8])
     bfloat16 = init_cache(model.config, 1, 24, "bfloat16")
     other_model = init_cache(golden("v3-float32").config, 1, 24, "float32")
     for cache, bad, message in (
@@ -386,3 +387,15 @@ def test_score_equals_one_shot() -> None:
     _, hidden, _ = one_shot(model, model.tokens, FORMS["naive"])
     assert worst(logits, _reference("v3-mtp")[0][:, :17]) <= BOUND
     assert worst(drafts, one_shot_draft(model, hidden, model.tokens, FORMS["naive"])[:, :16]) <= BOUND
+
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+def test_what_lies_beyond_a_slots_length_does_not_matter(form: str) -> None:
+    """Rows that a former sequence left behind, NaN too, change no bit of the next one's logits."""
+    model = golden("v3-dense-only")
+    tokens = jnp.asarray(model.tokens[:, :8])
+    step = step_of(model.config, FORMS[form], "all")
+    clean = step(model.params, _empty(model), tokens, counts(8, 8))[0]
+    stale = _empty(model)
+    stale = dataclasses.replace(stale, latent=jnp.full_like(stale.latent, jnp.nan))
+    np.testing.assert_array_equal(step(model.params, stale, tokens, counts(8, 8))[0], clean)

@@ -18,7 +18,7 @@ from dsjax.checkpoint import load as loading
 from dsjax.checkpoint.load import load, split_region
 from dsjax.params import VECTOR, Row, is_mtp, leaf_shape, table
 from quant import BF16, E4M3, QArray
-from sharding import make_mesh, parse_plan
+from sharding import make_mesh, parse_plan, partition_spec
 
 
 def _leaf(tree: Any, row: Row) -> Any:
@@ -202,3 +202,23 @@ def test_without_the_mtp_module() -> None:
         np.testing.assert_array_equal(a, b)
     mtp = [r for r in table(config) if is_mtp(r) and r.copy_of is None]
     assert all(tuple(_leaf(full, r).shape) == leaf_shape(r, config) for r in mtp)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_experts_are_split_as_they_are_loaded(in_place: bool) -> None:
+    """Experts over eight devices by the table's logical axes, codes and scales alike, each device holding its part."""
+    model = golden("v3-fp8-e8m0")
+    mesh = make_mesh(parse_plan("ep=8"))
+
+    def sharding(row: Row, part: str) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(row.logical_axes, {"experts": "ep"}))
+
+    _, params, _ = load(model.folder, sharding=sharding, in_place=in_place)
+    for row in _rows("v3-fp8-e8m0"):
+        if is_mtp(row):
+            continue
+        whole, split = _leaf(model.params, row), _leaf(params, row)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+            np.testing.assert_array_equal(a, b)
+            parts = {shard.data.nbytes for shard in b.addressable_shards}
+            assert parts == {b.nbytes // (8 if row.experts else 1)}

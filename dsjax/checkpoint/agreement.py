@@ -133,6 +133,8 @@ def check_copies(files: Files, row: Row, original: Row) -> None:
         np.array_equal(a[i : i + 4096].view(np.uint8), b[i : i + 4096].view(np.uint8))
         for i in range(0, a.shape[0], 4096)
     )
+    files.release(name)
+    files.release(source)
     if not same:
         raise InputError(f"{files[name].path}: tensor {name}: expected a copy of {source}, found other values")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -30,6 +30,9 @@ from dsjax.params import Row, Stored, Tree, abstract_leaf, build_tree, is_mtp, t
 from quant import QArray
 
 STAGING_BYTES = 64 << 20
+
+ArraySharding = Callable[[Row, str], Sharding]
+"""Where a leaf's "codes" or "scales" go."""
 
 Region = tuple[tuple[int, int], ...]
 """(start, stop) on every axis of a leaf."""
@@ -171,9 +174,9 @@ class _Loader:
                 shards.append(self._staged(row, part, bounds, dtype, where))
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
-    def leaf(self, row: Row, stored: Stored, shardings: Any) -> Any:
+    def leaf(self, row: Row, stored: Stored, sharding: ArraySharding) -> Any:
         arrays = leaf_arrays(row, self.config, stored)
-        built = {part: self.array(row, part, spec, shardings) for part, spec in arrays.items()}
+        built = {part: self.array(row, part, spec, sharding(row, part)) for part, spec in arrays.items()}
         template = abstract_leaf(row, self.config, stored)
         if isinstance(template, QArray):
             return dataclasses.replace(template, codes=built["codes"], scales=built.get("scales"))
@@ -184,7 +187,7 @@ def load(
     folder: FilePath | str,
     *,
     mtp: bool = False,
-    sharding: Sharding | None = None,
+    sharding: Sharding | ArraySharding | None = None,
     progress: bool = False,
     in_place: bool = True,
 ) -> tuple[Config, Tree, LoadStats]:
@@ -193,7 +196,8 @@ def load(
     Args:
       folder: with config.json and safetensors files as DeepSeek publishes them.
       mtp: load the MTP module too.
-      sharding: where every array goes; the first device by default.
+      sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); the first device by
+        default. Each device reads only its part.
       progress: show a progress bar on standard error.
       in_place: fill a CPU device's arrays where they stay; False goes through staging as for any other device.
 
@@ -207,7 +211,8 @@ def load(
     if not os.path.isdir(folder):  # False, not OSError, for a name that cannot be one
         raise InputError(f"{folder}: expected a checkpoint folder, found none")
     config = load_config(folder)
-    where = sharding or SingleDeviceSharding(jax.devices()[0])
+    single = sharding or SingleDeviceSharding(jax.devices()[0])
+    where: ArraySharding = (lambda row, part: single) if isinstance(single, Sharding) else single
     with Files.open(folder) as files:
         stored = agree(files, config)
         if mtp and ("mtp", "embed") not in stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ _setting.__name__ = "key=value"
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="activations and cache (default bfloat16)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="activations and cache")
     parser.add_argument("--numerics", choices=("plain", "native"), default="plain")
     parser.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention")
     parser.add_argument("--weights", choices=("stored",), default="stored", help="resident format")
@@ -142,6 +143,8 @@ def _start_jax(options: argparse.Namespace) -> None:
             raise InputError(f"--compile-cache {options.compile_cache}: {e.strerror}") from None
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if options.run in (verbs.synth, verbs.inspect) and not options.platform:
+        jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # jax asserts that a known platform without a device exists
@@ -155,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       0 done, 1 a negative verdict, 2 bad input or environment (one line on standard error).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows a mark instead
+        sys.stdout.reconfigure(errors="replace")
     try:
         options = build_parser().parse_args(arguments)
         _start_jax(options)

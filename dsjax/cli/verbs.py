@@ -38,7 +38,7 @@ def _note(text: str) -> None:
 
 
 def _numerics(options: argparse.Namespace) -> Numerics:
-    return Numerics(options.numerics, options.dtype or "bfloat16", options.mla)
+    return Numerics(options.numerics, options.dtype, options.mla)
 
 
 def synth(options: argparse.Namespace) -> int:
@@ -130,6 +130,10 @@ def generate(options: argparse.Namespace) -> int:
             print(f"{separator}{token}", end="", flush=True)
             separator = ","
 
+    wanted = options.max_length or max(len(p.ids) for p in prompts) + options.max_new_tokens
+    max_length = min(wanted, config.max_position_embeddings)
+    if max_length < wanted:
+        _note(f"dsjax: --max-new-tokens, --max-length: the model has {max_length} positions; stopping there")
     sequences, ttft, steps, compiled = [], [], [], 0.0
     for first in range(0, len(prompts), options.batch):
         part = prompts[first : first + options.batch]
@@ -137,7 +141,7 @@ def generate(options: argparse.Namespace) -> int:
             [p.ids for p in part],
             options.max_new_tokens,
             sampling,
-            max_length=options.max_length,
+            max_length=max_length,
             stop=stop,
             first_sequence=first,
             on_token=on_token,
@@ -166,7 +170,8 @@ def generate(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"sequences": sequences, "ttft_s": ttft_s, "tpot_s": tpot_s, "compile_s": compiled})
     else:
-        rate = f", {min(options.batch, len(prompts)) / tpot_s:.1f} tokens/s" if tpot_s else ""
+        decoded = sum(max(len(s["output_ids"]) - 1, 0) for s in sequences)
+        rate = f", {decoded / sum(steps):.1f} tokens/s" if steps else ""
         _note(f"compiled in {compiled:.1f} s; time to first token {ttft_s:.3f} s{rate}")
     return 0
 

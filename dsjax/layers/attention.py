@@ -96,6 +96,7 @@ def absorbed_attention(
     kv_b: jax.Array | QArray,
     layer: tuple[Any, Any],
     positions: Int32[Array, "B T"],
+    filled: Int32[Array, " B"],
     blocks: Int32[Array, ""],
     config: Config,
     numerics: Numerics,
@@ -108,6 +109,7 @@ def absorbed_attention(
       kv_b: stack of [HG, C]; in native it is dequantised to bfloat16 here, and activations are not quantised.
       layer: (index into the weight stack, index into the cache).
       positions: int32 [B, T].
+      filled: int32 [B], tokens in each slot, the new ones included.
       blocks: key blocks to visit.
 
     Returns:
@@ -144,11 +146,11 @@ def absorbed_attention(
     query = jnp.concatenate([q_latent, q_rope], axis=-1)
 
     def score(j: Any) -> jax.Array:
-        keys = read_block(latent, cache_layer, j)
+        keys = read_block(latent, cache_layer, j, filled)
         return _visible(_einsum("btha,bsa->bths", query, keys) * config.softmax_scale, positions, j)
 
     def value(p: jax.Array, j: Any) -> jax.Array:
-        return _einsum("bths,bsc->bthc", p, read_block(latent, cache_layer, j)[..., :c])
+        return _einsum("bths,bsc->bthc", p, read_block(latent, cache_layer, j, filled)[..., :c])
 
     context = numerics.round(attend(score, value, blocks, (b, t, h), c, numerics))
     return over_heads("bthc,huc->bthu", context, slice(n, n + u))
@@ -161,6 +163,7 @@ def naive_attention(
     kv_b: jax.Array | QArray,
     layer: tuple[Any, Any],
     positions: Int32[Array, "B T"],
+    filled: Int32[Array, " B"],
     blocks: Int32[Array, ""],
     config: Config,
     numerics: Numerics,
@@ -174,7 +177,7 @@ def naive_attention(
     weight_layer, cache_layer = layer
 
     def expand(j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        rows = read_block(latent, cache_layer, j)
+        rows = read_block(latent, cache_layer, j, filled)
         kv = numerics.linear(rows[..., :c], kv_b, (weight_layer,)).reshape(b, rows.shape[1], h, n + u)
         return kv[..., :n], rows[..., c:], kv[..., n:]
 
@@ -263,5 +266,6 @@ class Attention(nnx.Module):
         latent = write(latent, layer[1], positions, valid, rows)
         forms = {"absorbed": absorbed_attention, "naive": naive_attention}
         attention = forms[choose_form(x.shape[1], config, numerics)]
-        out = attention(q_nope, q_rope, latent, self.kv_b[...], layer, positions, blocks, config, numerics)
+        filled = positions[:, 0] + valid.sum(axis=1, dtype=jnp.int32)
+        out = attention(q_nope, q_rope, latent, self.kv_b[...], layer, positions, filled, blocks, config, numerics)
         return numerics.linear(out.reshape(*x.shape[:2], -1), self.o[...], index), latent
