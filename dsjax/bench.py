@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from dsjax.checkpoint.load import load
+from dsjax.config import load_config
+from dsjax.errors import InputError
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
 
@@ -38,7 +40,15 @@ def bench(
     Returns:
       load_s, compile_s, ttft_s, tpot_s in seconds; prefill_tokens_per_s and decode_tokens_per_s over all slots;
       peak_rss_bytes; and what was run.
+
+    Raises:
+      InputError: if the model has fewer positions than prompt_length + new_tokens, before anything is loaded.
     """
+    positions = load_config(folder).max_position_embeddings
+    if prompt_length + new_tokens > positions:
+        raise InputError(
+            f"--prompt-length {prompt_length} and --new-tokens {new_tokens}: expected at most {positions} together"
+        )
     start = time.perf_counter()
     config, params, stats = load(folder)
     load_s = time.perf_counter() - start
