@@ -8,8 +8,10 @@ from pydoc_data.topics import topics
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dsjax.text import END_THINK, THINK
+
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 _SPECIAL = (BOS, EOS, PAD)
 _MARKERS = (USER, ASSISTANT, THINK, END_THINK)
 _MAX_VOCABULARY = 8192

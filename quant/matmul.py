@@ -1,8 +1,8 @@
 """Matrix products with quantised weights: a form that reads like the formula, and one that decodes tile by tile.
 
-The weight is never decoded whole. XLA:CPU does not fuse a decode into a dot, so a whole decode costs a temporary of
-four bytes per weight and the page faults that go with it; a tile of about 64 K elements stays in the core's cache.
-On every backend the tiles keep temporary memory independent of the weight's size.
+No weight larger than a tile is decoded whole. XLA:CPU does not fuse a decode into a dot, so a whole decode costs a
+temporary of four bytes per weight and the page faults that go with it. On every backend the tiles keep temporary memory
+independent of the weight's size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 TILE_ELEMENTS = 1 << 20
 """Weights decoded at a time, 4 MB as float32: large enough for XLA:CPU to spread a tile over its threads and to hide
-what starting an operation costs (measured from 64 K to 2 M; see docs/decisions.md)."""
+what starting an operation costs (measured from 128 K to 2 M; see docs/decisions.md)."""
 
 MAX_TILE_ROWS = 2048
 MAX_GROUP_ROWS = 128

@@ -30,6 +30,24 @@ FLOAT32 = Numerics("plain", "float32")
 SEED = int(os.environ.get("DSJAX_TEST_SEED", 20_000 + datetime.date.today().toordinal()))
 """Of everything that is sampled; a new one each day. Every assertion on sampled cases prints it."""
 
+SYNTH_SETTINGS = {
+    "hidden_size": 32,
+    "vocab_size": 320,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_attention_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+}
+"""`dsjax synth --set` of a model that takes no time."""
+
 
 def rng(*key: int) -> np.random.Generator:
     """A generator of the run's seed and a key of the caller's."""

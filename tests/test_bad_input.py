@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import SYNTH_SETTINGS
 
 from dsjax import synth as synth_module
 from dsjax.checkpoint.safetensors import DTYPES, INDEX_FILE, SINGLE_FILE, Files, Spec, write_checkpoint_files
@@ -35,22 +36,7 @@ EXPERT = "model.layers.1.mlp.experts.1.up_proj.weight"
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
-TINY = {
-    "hidden_size": 32,
-    "vocab_size": 300,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_attention_heads": 2,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-}
+TINY = {**SYNTH_SETTINGS, "vocab_size": 300}
 
 
 def settings(values: dict[str, Any]) -> list[str]:

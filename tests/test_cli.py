@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers import SYNTH_SETTINGS
 
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.main import main
@@ -22,23 +23,6 @@ from dsjax.text import load_text
 
 GOLDENS = Path(__file__).parent / "goldens"
 Capture = pytest.CaptureFixture[str]
-
-TINY = {
-    "hidden_size": 32,
-    "vocab_size": 320,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_attention_heads": 2,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-}
 
 
 def run(capsys: Capture, *arguments: Any) -> dict[str, Any]:
@@ -54,7 +38,7 @@ def run(capsys: Capture, *arguments: Any) -> dict[str, Any]:
 
 
 def synth(out: Path, preset: str = "deepseek-v3", *extra: str, layers: int = 2, **changes: Any) -> Path:
-    settings = [part for k, v in (TINY | changes).items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    settings = [part for k, v in (SYNTH_SETTINGS | changes).items() for part in ("--set", f"{k}={json.dumps(v)}")]
     assert main(["synth", preset, "--layers", str(layers), "--out", str(out), *settings, *extra]) == 0
     return out
 
