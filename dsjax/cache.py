@@ -97,17 +97,17 @@ def write(
     return latent.at[layer, slots, where].set(rows.astype(latent.dtype), mode="drop", unique_indices=True)
 
 
-def read_block(latent: Latent, layer: Any, block: Any, filled: Int32[Array, " B"]) -> Float32[Array, "B keys A"]:
-    """Rows of one layer from position block * KEY_BLOCK on, KEY_BLOCK of them or all.
+def read_block(latent: Latent, layer: Any, block: Any, filled: Int32[Array, " B"]) -> Float[Array, "B keys A"]:
+    """Rows of one layer from position block * KEY_BLOCK on, KEY_BLOCK of them or all, in the cache's dtype.
 
     Rows at or beyond `filled` are zero: a masked key's probability is zero, but zero times a stale NaN is NaN.
     """
     _, batch, capacity, width = latent.shape
     size = min(capacity, KEY_BLOCK)
     rows = lax.dynamic_slice(latent, (layer, 0, block * size, 0), (1, batch, size, width))[0]
-    rows = decode(rows, BF16) if rows.dtype == jnp.uint16 else rows
     positions = block * KEY_BLOCK + jnp.arange(size)
-    return jnp.where((positions < filled[:, None])[..., None], rows, 0.0)
+    rows = jnp.where((positions < filled[:, None])[..., None], rows, jnp.zeros((), rows.dtype))
+    return lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def rollback(cache: Cache, tokens: Int32[Array, " B"]) -> Cache:

@@ -1,39 +1,57 @@
-"""Matrix products with quantised weights: a form that reads like the formula, and one that decodes tile by tile.
+"""Matrix products with quantised weights: a form that reads like the formula, and two that never decode a weight whole.
 
-No weight larger than a tile is decoded whole. XLA:CPU does not fuse a decode into a dot, so a whole decode costs a
-temporary of four bytes per weight and the page faults that go with it. On every backend the tiles keep temporary memory
-independent of the weight's size.
+Few tokens (decode): *fused*. Decoding, product and sum are one loop over the stored bytes; no decoded weight is ever
+written to memory, so the step runs at the speed of reading its weights.
+
+More tokens (prefill, large batches): *by tiles*. A tile of the weight is decoded, then multiplied by the backend's
+matrix product, in the activations' dtype: bfloat16 activations take the matrix units with bfloat16 operands and float32
+sums, the dequantised weight rounded once; float32 activations, or float32 weights, take float32 products. Temporary memory does not grow
+with the weight on any backend.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
-from quant.formats import E4M3, Format, decode, decode_finite_e4m3, unpack
+from quant.formats import E4M3, decode, decode_finite_e4m3, round_to_bfloat16, unpack
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
-TILE_ELEMENTS = 1 << 20
-"""Weights decoded at a time, 4 MB as float32: large enough for XLA:CPU to spread a tile over its threads and to hide
-what starting an operation costs (measured from 128 K to 2 M; see docs/decisions.md)."""
+TILE_BYTES = 4 << 20
+"""Decoded bytes per tile: large enough for XLA:CPU to spread a tile over its threads and to hide what starting an
+operation costs (measured; see docs/decisions.md)."""
 
 MAX_TILE_ROWS = 2048
-MAX_GROUP_ROWS = 128
+
+FUSED_TOKENS = 3
+"""Up to this many tokens the fused form is used: it decodes once per token, which stays cheaper than memory traffic."""
+
+FUSED_ELEMENTS = 1 << 24
+"""Weights in one fused product; its partial sums take 1/16 of that in float32."""
+
+LANES = 32
+"""Channels added side by side in the fused form: a multiple of any vector register's width."""
+
+MAX_STEPS = 16
+"""Additions per lane in one partial sum. XLA:CPU unrolls a reduction of up to 16 and then vectorises the lanes; one
+more and it does neither (2048 x 1024: 22 against 3 billion weights a second)."""
 
 Index = tuple[Any, ...]
 """One index, static or traced, per leading (layer, expert) axis of a stacked weight."""
+
+Weight = jax.Array | QArray
 
 
 # --- reference forms ------------------------------------------------------------------------------------------------
 
 
-def reference_dot(x: Float[Array, "*batch K"], w: jax.Array | QArray, index: Index = ()) -> Float32[Array, "*batch N"]:
+def reference_dot(x: Float[Array, "*batch K"], w: Weight, index: Index = ()) -> Float32[Array, "*batch N"]:
     """y[..., n] = sum_k x[..., k] w[index][n, k] in float32, the weight decoded whole."""
     matrix = dequantise(w[index]) if isinstance(w, QArray) else w[index].astype(jnp.float32)
     return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
@@ -66,78 +84,196 @@ def reference_block_scaled_dot(
     return jnp.sum(partial_sums * scales[:, None, :] * row_scales[None], axis=-1)
 
 
-# --- tiled form -----------------------------------------------------------------------------------------------------
+# --- one tile -------------------------------------------------------------------------------------------------------
 
 
-def tile_rows(n: int, k: int, bn: int) -> int:
-    """Rows per tile for a matrix [n, k] with row blocks of bn: about TILE_ELEMENTS.
+def _split_scales(tile: QArray) -> tuple[jax.Array | None, jax.Array | None]:
+    """(block scales [*lead, R, CB], each of N / R rows; row scales [*lead, N]), at least one of them None.
+
+    A scale that spans all channels is a row scale: it is applied to the result, at no cost per weight.
+    """
+    if tile.scales is None:
+        return None, None
+    scales = scale_values(tile.scales)
+    n = tile.shape[-2]
+    bn = tile.block[0] or n
+    if scales.shape[-1] == 1:
+        return None, expand_scales(scales, (bn, 1), (n, 1))[..., 0]
+    rows = math.gcd(n, bn)  # a last block that is cut: smaller blocks of equal size
+    return (scales if rows == bn else scales[..., np.arange(0, n, rows) // bn, :]), None
+
+
+def _parts(tile: Weight, x: jax.Array) -> tuple[list[tuple[jax.Array, jax.Array, int]], float]:
+    """([(decoded values [*lead, N, k], their activations [*lead, T, k], channel block)], factor on the values)."""
+    if not isinstance(tile, QArray):
+        return [(tile.astype(jnp.float32), x, 1)], 1.0
+    bk = tile.block[1] or tile.shape[-1]
+    if tile.format == E4M3:  # weights hold no NaN: the loader refuses them
+        values, factor = decode_finite_e4m3(tile.codes)
+        return [(values, x, bk)], factor
+    if not tile.format.packed:
+        return [(decode(tile.codes, tile.format), x, bk)], 1.0
+    if bk % 2:
+        return [(decode(unpack(tile.codes), tile.format), x, bk)], 1.0
+    # Interleaving the nibbles costs six times as much as splitting the activations into even and odd channels.
+    return [
+        (decode(tile.codes & 0xF, tile.format), x[..., 0::2], bk // 2),
+        (decode(tile.codes >> 4, tile.format), x[..., 1::2], bk // 2),
+    ], 1.0
+
+
+def fused_steps(length: int, axis: int = -1) -> int:
+    """Additions per lane in one partial sum of `fused_sum`, or 0 where `length` does not divide into such sums well."""
+    groups, rest = divmod(length, LANES if axis == -1 else 1)
+    if rest or not groups:
+        return 0
+    steps = max(s for s in range(1, MAX_STEPS + 1) if groups % s == 0)
+    return steps if steps == groups or steps >= 4 else 0
+
+
+def fused_sum(products: jax.Array) -> jax.Array:
+    """Sum over the last axis, in the shape that XLA:CPU fuses with what made the products and vectorises."""
+    *lead, k = products.shape
+    partial_sums = products.reshape(*lead, -1, fused_steps(k), LANES).sum(axis=-2)
+    return lax.optimization_barrier(partial_sums).sum(axis=(-2, -1))
+
+
+def _can_fuse(shape: tuple[int, ...], w: Weight, tokens: int) -> bool:
+    """Whether a tile [..., N, K] of w takes the fused form."""
+    n, k = shape[-2:]
+    packed = isinstance(w, QArray) and w.format.packed
+    if tokens > FUSED_TOKENS or not fused_steps(k // 2 if packed else k):
+        return False
+    if not isinstance(w, QArray) or w.scales is None or w.scales.shape[-1] == 1:
+        return True
+    return math.gcd(n, w.block[0] or n) >= MAX_STEPS and not (packed and w.block[1] % 2)
+
+
+def _takes_bfloat16(w: Weight, tokens: int, dtype: Any) -> bool:
+    """Whether a decoded tile is multiplied in bfloat16. Weights held in float32 were asked for in float32."""
+    return isinstance(w, QArray) and dtype == jnp.bfloat16 and tokens > FUSED_TOKENS
+
+
+def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
+    block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
+    *lead, n, _ = tile.shape
+    t = x.shape[-2]
+    r = 1 if block is None else block.shape[-2]
+    parts, factor = _parts(tile, x.astype(jnp.float32))
+    total: Any = 0
+    for values, channels, bk in parts:
+        k = values.shape[-1]
+        channels = channels[..., None, :, :]
+        if block is not None:
+            # The activations are the smaller side: they carry the scales, once per row block.
+            channels = channels * expand_scales(block * factor, (1, bk), (r, k))[..., :, None, :]
+        channels = lax.optimization_barrier(channels)  # made once, not again for every row
+        total = total + values.reshape(*lead, r, n // r, 1, k) * channels.reshape(*channels.shape[:-2], 1, t, k)
+    y = fused_sum(total).reshape(*lead, n, t)
+    if block is None and factor != 1.0:
+        y = y * factor
+    return jnp.swapaxes(y if row is None else y * row[..., None], -1, -2)
+
+
+def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
+    block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
+    n = tile.shape[-2]
+    bfloat16 = _takes_bfloat16(tile, x.shape[-2], x.dtype)
+    parts, factor = _parts(tile, x if bfloat16 else x.astype(jnp.float32))
+    y: Any = 0
+    for values, channels, bk in parts:
+        k = values.shape[-1]
+        if block is not None:
+            # Scales are spread over channels beforehand: the loop over weights then divides no index.
+            r = block.shape[-2]
+            spread = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (r, k)))
+            values = values.reshape(*values.shape[:-2], r, n // r, k) * spread[..., None, :]
+            values = values.reshape(*values.shape[:-3], n, k)
+        if bfloat16:
+            values = round_to_bfloat16(values)
+        y = y + jnp.einsum(
+            "...nk,...tk->...nt",
+            values,
+            channels,
+            precision=None if bfloat16 else lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+    if block is None and factor != 1.0:
+        y = y * factor
+    return jnp.swapaxes(y if row is None else y * row[..., None], -1, -2)
+
+
+def tile_dot(tile: Weight, x: Float[Array, "*lead T K"]) -> Float32[Array, "*lead T N"]:
+    """x [*lead, T, K] with a tile [*lead, N, K]; the tile should be a slice, which is then read in place."""
+    return (_fused_dot if _can_fuse(tile.shape, tile, x.shape[-2]) else _decoded_dot)(tile, x)
+
+
+def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[Array, "*lead T K"]:
+    """x [*lead, T, N] with the transpose of a tile [*lead, N, K]: y[..., k] = sum_n x[..., n] tile[n, k]."""
+    *_, n, k = tile.shape
+    t = x.shape[-2]
+    steps = fused_steps(n, -2)
+    block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
+    per_block = n if block is None else n // block.shape[-2]
+    packed = isinstance(tile, QArray) and tile.format.packed
+    if t > FUSED_TOKENS or packed or not steps or n // steps > MAX_STEPS or per_block % steps:
+        weights = dequantise(tile) if isinstance(tile, QArray) else tile.astype(jnp.float32)
+        if _takes_bfloat16(tile, t, x.dtype):
+            return jnp.einsum("...nk,...tn->...tk", round_to_bfloat16(weights), x, preferred_element_type=jnp.float32)
+        x = x.astype(jnp.float32)
+        return jnp.einsum("...nk,...tn->...tk", weights, x, precision=lax.Precision.HIGHEST)
+    x = x.astype(jnp.float32)
+    x = lax.optimization_barrier(x if row is None else x * row[..., None, :])
+    [(values, _, bk)], factor = _parts(tile, x)
+    if block is not None:
+        block = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (block.shape[-2], k)))
+    total: Any = 0
+    for first in range(0, n, steps):  # partial sums one by one, each unrolled and vectorised over k
+        part = slice(first, first + steps)
+        products = values[..., None, part, :] * x[..., part, None]
+        partial_sum = products.sum(axis=-2)
+        total = total + (partial_sum if block is None else partial_sum * block[..., None, first // per_block, :])
+    return total * factor if block is None and factor != 1.0 else total
+
+
+# --- one matrix of a stack ------------------------------------------------------------------------------------------
+
+
+def tile_elements(shape: tuple[int, ...], w: Weight, tokens: int, dtype: Any) -> int:
+    """Weights to take at a time from a matrix of this shape for that many tokens of activations in `dtype`."""
+    if _can_fuse(shape, w, tokens):
+        return FUSED_ELEMENTS
+    return TILE_BYTES // (2 if _takes_bfloat16(w, tokens, dtype) else 4)
+
+
+def tile_rows(n: int, k: int, bn: int, limit: int) -> int:
+    """Rows per tile for a matrix [n, k] with row blocks of bn: about `limit` weights.
 
     A tile is made of whole blocks or divides one; one that cuts a block would cost a gather of its scales.
     """
-    limit = min(n, max(8, min(MAX_TILE_ROWS, TILE_ELEMENTS // k)))
-    if limit >= bn:
-        return limit - limit % bn
-    rows = 1 << (limit.bit_length() - 1)
+    rows = min(n, max(8, limit // k))
+    if rows == n:
+        return n
+    rows = min(rows, MAX_TILE_ROWS) if limit < FUSED_ELEMENTS else rows
+    if rows >= bn:
+        return rows - rows % bn
+    rows = 1 << (rows.bit_length() - 1)
     return rows if bn % rows == 0 or bn > MAX_TILE_ROWS else min(bn, n)
 
 
-def _decode_tile(codes: jax.Array, fmt: Format) -> tuple[jax.Array, float]:
-    """(values, factor) with the number = values * factor; E4M3 weights hold no NaN (the loader refuses them)."""
-    return decode_finite_e4m3(codes) if fmt == E4M3 else (decode(codes, fmt), 1.0)
-
-
-def _dot(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """[n, k] and [t, k] -> [n, t]. With the weights on the left XLA:CPU takes up to 1.5 times less than x @ w.T."""
-    return jnp.einsum("nk,tk->nt", weights, x, precision=lax.Precision.HIGHEST)
-
-
-def _tile_dot(tile: jax.Array | QArray, x: jax.Array) -> jax.Array:
-    """A tile [rows, K] with float32 x [T, K] -> float32 [rows, T]."""
-    if not isinstance(tile, QArray):
-        return _dot(tile.astype(jnp.float32), x)
-    parts: tuple[tuple[jax.Array, jax.Array], ...]
-    bk = tile.block[1] or tile.shape[-1]
-    if tile.format.packed and bk % 2:
-        parts = ((x, unpack(tile.codes)),)
-    elif tile.format.packed:
-        # Interleaving the nibbles costs six times as much as splitting the activations into even and odd channels.
-        parts = ((x[:, 0::2], tile.codes & 0xF), (x[:, 1::2], tile.codes >> 4))
-        bk //= 2
-    else:
-        parts = ((x, tile.codes),)
-    total = jnp.zeros((), jnp.float32)
-    for channels, codes in parts:
-        values, factor = _decode_tile(codes, tile.format)
-        rows, k = values.shape
-        if tile.scales is None:
-            total = total + _dot(values * factor, channels)
-            continue
-        scales = scale_values(tile.scales) * factor
-        blocks = scales.shape[0]
-        if channels.shape[0] * blocks <= rows:
-            # The activations are the smaller side: scale them, once per row block.
-            scaled = channels * expand_scales(scales, (1, bk), (blocks, k))[:, None]
-            grouped = values.reshape(blocks, -1, k)
-            product = jnp.einsum("rnk,rtk->rnt", grouped, scaled, precision=lax.Precision.HIGHEST)
-            total = total + product.reshape(rows, -1)
-        else:
-            total = total + _dot(values * expand_scales(scales, (rows // blocks, bk), (rows, k)), channels)
-    return total
-
-
-def take_tile(w: jax.Array | QArray, index: Index, start: Any, rows: int, *, stride: int) -> jax.Array | QArray:
+def take_tile(w: Weight, index: Index, start: Any, rows: int, *, stride: int) -> Weight:
     """Rows start : start + rows of the matrix w[index], copying no more than that; see `QArray.tile`."""
     if isinstance(w, QArray):
         return w.tile(index, start, rows, stride=stride)
     return lax.dynamic_slice(w, (*index, start, 0), (1,) * len(index) + (rows, w.shape[-1])).reshape(rows, -1)
 
 
-def block_scaled_dot(
-    x: Float[Array, "*batch K"], w: jax.Array | QArray, index: Index = ()
-) -> Float32[Array, "*batch N"]:
-    """y[..., n] = sum_k x[..., k] w[index][n, k], decoding the weight tile by tile.
+def block_scaled_dot(x: Float[Array, "*batch K"], w: Weight, index: Index = ()) -> Float32[Array, "*batch N"]:
+    """y[..., n] = sum_k x[..., k] w[index][n, k], decoding the weight as it is used.
 
-    Equal to `reference_dot` within float32 summation order.
+    With few tokens, float32 activations or float32 weights, equal to `reference_dot` within float32 summation order.
+    With more than FUSED_TOKENS tokens in bfloat16, the dequantised weight is rounded to bfloat16 too, as in a bfloat16
+    copy of the checkpoint; sums stay float32.
 
     Args:
       x: float [..., K].
@@ -153,110 +289,20 @@ def block_scaled_dot(
     n, k = w.shape[-2:]
     if x.shape[-1] != k or len(index) != len(w.shape) - 2:
         raise ValueError(f"activations {x.shape} and index of {len(index)} do not fit weight {w.shape}")
-    channels = x.reshape(-1, k).astype(jnp.float32)
+    channels = x.reshape(-1, k)
     t = channels.shape[0]
     bn = (w.block[0] or n) if isinstance(w, QArray) and w.scales is not None else 1
-    rows = tile_rows(n, k, bn)
+    rows = tile_rows(n, k, bn, tile_elements((n, k), w, t, x.dtype))
     full = n // rows
 
     def one(start: Any, size: int) -> jax.Array:
-        return _tile_dot(take_tile(w, index, start, size, stride=rows), channels)
+        return tile_dot(take_tile(w, index, start, size, stride=rows if rows < n else 0), channels)
 
     if full == 1:
         y = one(0, rows)
     else:
         _, tiles = lax.scan(lambda _, i: (None, one(i * rows, rows)), None, jnp.arange(full))
-        y = tiles.reshape(full * rows, t)
+        y = jnp.moveaxis(tiles, 0, 1).reshape(t, full * rows)
     if full * rows < n:
-        y = jnp.concatenate([y, one(full * rows, n - full * rows)], axis=0)
-    return y.T.reshape(*x.shape[:-1], n)
-
-
-# --- grouped form ---------------------------------------------------------------------------------------------------
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["source", "place", "expert", "used"], meta_fields=["size"])
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """Assignments (token, choice) sorted by expert into blocks of `size` rows, each block of one expert.
-
-    P = T * k assignments, G blocks (a static bound; only the first `used` hold work).
-
-    Attributes:
-      source: int32 [G * size], the assignment in each row, P where the row is empty.
-      place: int32 [T, k], the row of each assignment, G * size where it was masked out.
-      expert: int32 [G], the expert of each block.
-      used: int32 [], number of blocks that hold work.
-      size: rows per block.
-    """
-
-    source: Any
-    place: Any
-    expert: Any
-    used: Any
-    size: int
-
-
-def group_size(tokens: int, choices: int, experts: int) -> int:
-    """Rows per block: a power of two a third above an expert's mean load.
-
-    Larger blocks compute more padding, smaller ones decode an expert's weights more often; decoding costs about as
-    much as 15 rows (measured on XLA:CPU).
-    """
-    mean = -(-tokens * choices // experts)
-    target = min(tokens, -(-4 * mean // 3), MAX_GROUP_ROWS)
-    return 1 << max(target - 1, 0).bit_length()
-
-
-def group_tokens(choices: Int32[Array, "T k"], experts: int, valid: Bool[Array, " T"], size: int) -> Groups:
-    """Sorts assignments by expert into blocks, in static shapes.
-
-    Args:
-      choices: int32 [T, k], expert of each assignment.
-      experts: E.
-      valid: bool [T]; assignments of invalid tokens (padding) get no row and cost no work.
-      size: rows per block.
-    """
-    t, k = choices.shape
-    p = t * k
-    blocks = min(p, experts + p // size)
-    flat = jnp.where(valid[:, None], choices, experts).reshape(p)
-    order = jnp.argsort(flat, stable=True)
-    counts = jnp.zeros(experts + 1, jnp.int32).at[flat].add(1)[:experts]
-    per_expert = (counts + size - 1) // size
-    last_block = jnp.cumsum(per_expert)
-    # Rank inside its expert and first block of its expert, for each assignment in sorted order.
-    of = jnp.minimum(flat[order], experts - 1)
-    rank = jnp.arange(p, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[of]
-    row = jnp.where(flat[order] < experts, (last_block - per_expert)[of] * size + rank, blocks * size)
-    source = jnp.full(blocks * size, p, jnp.int32).at[row].set(order.astype(jnp.int32), mode="drop")
-    place = jnp.zeros(p, jnp.int32).at[order].set(row.astype(jnp.int32)).reshape(t, k)
-    expert = jnp.searchsorted(last_block, jnp.arange(blocks), side="right").astype(jnp.int32)
-    return Groups(source, place, jnp.minimum(expert, experts - 1), last_block[-1].astype(jnp.int32), size)
-
-
-def grouped_matmul(
-    x: Float[Array, "rows K"], w: jax.Array | QArray, groups: Groups, index: Index = ()
-) -> Float32[Array, "rows N"]:
-    """Each block of rows times its expert's matrix: a loop over the blocks that hold work, in plain operations.
-
-    Work grows with the routed tokens, not with the number of experts; a chosen expert's bytes are decoded once per
-    block.
-
-    Args:
-      x: float [G * size, K], rows as `groups` lays them out.
-      w: [*lead, E, N, K], QArray or float.
-      groups: from `group_tokens`.
-      index: indices of the `lead` axes.
-
-    Returns:
-      float32 [G * size, N]; rows of unused blocks are zero.
-    """
-    size = groups.size
-
-    def body(b: jax.Array, out: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(x, b * size, size)
-        y = block_scaled_dot(rows, w, (*index, groups.expert[b]))
-        return lax.dynamic_update_slice_in_dim(out, y, b * size, axis=0)
-
-    return lax.fori_loop(0, groups.used, body, jnp.zeros((x.shape[0], w.shape[-2]), jnp.float32))
+        y = jnp.concatenate([y, one(full * rows, n - full * rows)], axis=-1)
+    return y.reshape(*x.shape[:-1], n)

@@ -70,7 +70,7 @@ class QArray:
         """Rows `start : start + rows` of the matrix at leading `index`, as a QArray [rows, K].
 
         Slices the codes where they lie, so that a scan over layers, experts or tiles copies nothing larger than the
-        tile. Its row block is the part of a block that it covers, or one row where its start may cut a block.
+        tile. Its row block is a block, the part of one that it covers, or one row where its start may cut a block.
 
         Args:
           index: one (possibly traced) index per leading axis.
@@ -89,13 +89,26 @@ class QArray:
         if self.scales is None:
             return dataclasses.replace(self, codes=codes)
         bn = self.block[0] or self.shape[-2]
-        size = min(rows, bn)
-        if max(rows, bn) % size == 0 and stride % size == 0:
-            scales = take(self.scales, start // bn, rows // size)
+        if stride % bn == 0:  # starts where a block starts
+            block, scales = bn, take(self.scales, start // bn, -(-rows // bn))
+        elif bn % rows == 0 and stride % rows == 0:  # lies inside a block
+            block, scales = rows, take(self.scales, start // bn, 1)
         else:
-            size = 1
-            scales = take(self.scales, 0, self.scales.shape[-2])[(start + jnp.arange(rows)) // bn]
-        return dataclasses.replace(self, codes=codes, scales=scales, block=(size, self.block[1]))
+            block, scales = 1, take(self.scales, 0, self.scales.shape[-2])[(start + jnp.arange(rows)) // bn]
+        return dataclasses.replace(self, codes=codes, scales=scales, block=(block, self.block[1]))
+
+    def gather(self, index: tuple[Any, ...]) -> QArray:
+        """Several matrices at once: index arrays broadcast together over the leading axes, [*indices, N, K].
+
+        A fusion that follows reads the codes where they lie. Indices must be within bounds.
+        """
+
+        def take(array: jax.Array) -> jax.Array:
+            return array.at[index].get(mode="promise_in_bounds")
+
+        return dataclasses.replace(
+            self, codes=take(self.codes), scales=None if self.scales is None else take(self.scales)
+        )
 
 
 def scale_values(scales: jax.Array) -> jax.Array:

@@ -6,14 +6,16 @@ with the cache's capacity, and work grows with the tokens present.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.cache import KEY_BLOCK, Latent, read_block, write
 from dsjax.config import Config
@@ -21,72 +23,133 @@ from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import RopeTable, rope
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, dequantise, take_tile, tile_rows
+from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
 from quant.formats import exact_divide
+from quant.matmul import FUSED_TOKENS, TILE_BYTES
+
+
+Keys: TypeAlias = Any
+"""What a form of attention loads of one key block."""
 
 
 def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """Products summed in float32, whatever the operands' dtype."""
+    """Products summed in float32: of bfloat16 operands where all are, else in float32."""
+    if all(o.dtype == jnp.bfloat16 for o in operands):
+        return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
     return jnp.einsum(spec, *(o.astype(jnp.float32) for o in operands), precision=lax.Precision.HIGHEST)
 
 
+QUERY_BLOCK = 128
+"""Queries scored at a time: their scores against a key block (2 MB with 16 heads) then stay in a core's cache."""
+
+
 def attend(
-    score: Callable[[Any], jax.Array],
-    value: Callable[[jax.Array, Any], jax.Array],
-    blocks: jax.Array,
-    shape: tuple[int, int, int],
+    load: Callable[[Any], Keys],
+    score: Callable[[Keys, Any, int], jax.Array],
+    value: Callable[[jax.Array, Keys], jax.Array],
+    positions: Int32[Array, "B T"],
+    blocks: Int32[Array, ""],
+    heads: int,
     width: int,
     numerics: Numerics,
-) -> jax.Array:
-    """softmax(scores) @ values over key blocks, in float32.
+) -> Float32[Array, "B T H width"]:
+    """softmax(scores) @ values, a block of keys by a block of queries at a time, in float32; causal.
 
     In plain, one pass with a running maximum (online softmax). In native, two passes: probabilities are rounded to
     bfloat16 after they are normalised by the whole row, as in DeepSeek's code, so the row's sum must come first.
 
     Args:
-      score: block -> float32 [B, T, H, keys], -inf where a key is not visible.
-      value: (probabilities [B, T, H, keys], block) -> float32 [B, T, H, width].
-      blocks: int32 [], number of key blocks to visit, at least one; every query sees a key of block 0.
-      shape: (B, T, H).
-      width: of a value.
+      load: key block -> whatever score and value need of it.
+      score: (keys, first query, queries) -> float32 [B, H, queries, keys]. Heads lead, as in the products, so that no
+        pass over the scores transposes them.
+      value: (probabilities [B, H, queries, keys], keys) -> float32 [B, H, queries, width].
+      positions: int32 [B, T] of the queries, consecutive; every query sees a key of block 0.
+      blocks: int32 [], number of key blocks to visit, at least one.
+      heads, width: H, and of a value.
     """
-    top = jnp.full(shape, -jnp.inf)
-    zero = jnp.zeros(shape)
+    b, t = positions.shape
+    size = QUERY_BLOCK if t % QUERY_BLOCK == 0 else t
+    start = positions[:, :1]
+
+    def scores(keys: Keys, j: Any, first: Any) -> jax.Array:
+        s = score(keys, first, size)
+        query = start + first + jnp.arange(size)
+        key = j * KEY_BLOCK + jnp.arange(s.shape[-1])
+        return jnp.where((key <= query[..., None])[:, None], s, -jnp.inf)
+
+    def over_queries(j: Any, keys: Keys, f: Callable[..., Any], state: Any) -> Any:
+        """state, arrays [B, H, T, ...], updated by f(scores, part of the state) for every block of queries."""
+        if size == t:
+            return f(scores(keys, j, 0), state)
+
+        def one(i: Any, state: Any) -> Any:
+            part = [lax.dynamic_slice_in_dim(a, i * size, size, axis=2) for a in state]
+            part = f(scores(keys, j, i * size), part)
+            return [lax.dynamic_update_slice_in_dim(a, p, i * size, axis=2) for a, p in zip(state, part, strict=True)]
+
+        # Queries before the block's first key see none of it.
+        first = jnp.clip((j * KEY_BLOCK - start.max()) // size, 0, t // size)
+        return lax.fori_loop(first, t // size, one, state)
 
     def advance(s: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         new_top = jnp.maximum(top, s.max(axis=-1))
         decay = jnp.exp(top - new_top)
         return new_top, total * decay + jnp.exp(s - new_top[..., None]).sum(axis=-1), decay
 
-    accumulator = jnp.zeros((*shape, width))
+    shape = (b, heads, t)
+    state = [jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width))]
     if numerics.native:
 
-        def measure(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return advance(score(j), *carry)[:2]
+        def measure(j: jax.Array, state: list[jax.Array]) -> list[jax.Array]:
+            return over_queries(j, load(j), lambda s, part: list(advance(s, *part)[:2]), state)
 
-        top, total = lax.fori_loop(0, blocks, measure, (top, zero))
+        top_total = lax.fori_loop(0, blocks, measure, state[:2])
 
-        def add(j: jax.Array, out: jax.Array) -> jax.Array:
-            p = exact_divide(jnp.exp(score(j) - top[..., None]), total[..., None])
-            return out + value(numerics.round(p), j)
+        def add(j: jax.Array, state: list[jax.Array]) -> list[jax.Array]:
+            keys = load(j)
 
-        return lax.fori_loop(0, blocks, add, accumulator)
+            def f(s: jax.Array, part: list[jax.Array]) -> list[jax.Array]:
+                top, total, out = part
+                p = exact_divide(jnp.exp(s - top[..., None]), total[..., None])
+                return [top, total, out + value(numerics.round(p), keys)]
 
-    def online(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top, total, out = carry
-        s = score(j)
-        new_top, total, decay = advance(s, top, total)
-        p = numerics.round(jnp.exp(s - new_top[..., None]))
-        return new_top, total, out * decay[..., None] + value(p, j)
+            return over_queries(j, keys, f, state)
 
-    _, total, out = lax.fori_loop(0, blocks, online, (top, zero, accumulator))
-    return out / total[..., None]
+        return jnp.swapaxes(lax.fori_loop(0, blocks, add, [*top_total, state[2]])[2], 1, 2)
+
+    def online(j: jax.Array, state: list[jax.Array]) -> list[jax.Array]:
+        keys = load(j)
+
+        def f(s: jax.Array, part: list[jax.Array]) -> list[jax.Array]:
+            top, total, out = part
+            new_top, total, decay = advance(s, top, total)
+            p = numerics.round(jnp.exp(s - new_top[..., None]))
+            return [new_top, total, out * decay[..., None] + value(p, keys)]
+
+        return over_queries(j, keys, f, state)
+
+    _, total, out = lax.fori_loop(0, blocks, online, state)
+    return jnp.swapaxes(out / total[..., None], 1, 2)
 
 
-def _visible(scores: jax.Array, positions: jax.Array, block: Any) -> jax.Array:
-    """Causal mask: a query at position p sees keys at positions <= p."""
-    keys = block * KEY_BLOCK + jnp.arange(scores.shape[-1])
-    return jnp.where((keys <= positions[..., None])[:, :, None], scores, -jnp.inf)
+def _queries(x: jax.Array, first: Any, size: int) -> jax.Array:
+    """[B, T, ...] -> [B, size, ...]."""
+    return x if size == x.shape[1] else lax.dynamic_slice_in_dim(x, first, size, axis=1)
+
+
+def rows_of_heads(tile: jax.Array | QArray, heads: int, first: int, rows: int) -> jax.Array | QArray:
+    """[heads * G, C] -> [heads, rows, C]: `rows` rows from `first` of each head's G."""
+    if not isinstance(tile, QArray):
+        return tile.reshape(heads, -1, tile.shape[-1])[:, first : first + rows]
+    n, c = tile.shape
+    # A scale block must not be cut by a head's end, nor by `first` or `rows`.
+    block = math.gcd(tile.block[0] or n, n // heads, first, rows)
+    tile = retile(tile, (block, tile.block[1]))
+    codes = tile.codes.reshape(heads, n // heads, -1)[:, first : first + rows]
+    if tile.scales is None:
+        return dataclasses.replace(tile, codes=codes)
+    scales = tile.scales.reshape(heads, n // heads // block, -1)[:, first // block : (first + rows) // block]
+    return dataclasses.replace(tile, codes=codes, scales=scales)
 
 
 def absorbed_attention(
@@ -120,40 +183,43 @@ def absorbed_attention(
     g = n + u
     weight_layer, cache_layer = layer
 
-    heads = max(1, tile_rows(h * g, c, g) // g)
+    # The fused products decode nothing; all others, and native's rounding of kv_b, a few heads at a time.
+    fused = b * t <= FUSED_TOKENS and not numerics.native
+    heads = h if fused else max(1, TILE_BYTES // 4 // (g * c))
     while h % heads:
         heads -= 1
 
-    def head_weights(i: Any, part: slice) -> jax.Array:
-        """Part of the rows of each head of group i, float32 [heads, rows, C]."""
-        tile = take_tile(kv_b, (weight_layer,), i * heads * g, heads * g, stride=heads * g)
-        values = dequantise(tile) if isinstance(tile, QArray) else tile.astype(jnp.float32)
-        return numerics.round(values.reshape(heads, g, c)[:, part])
+    def over_heads(dot: Callable[..., jax.Array], x: jax.Array, first: int, rows: int) -> jax.Array:
+        """x [B, T, H, .] times `rows` rows from `first` of each head's part of kv_b, a group of heads at a time."""
 
-    def over_heads(spec: str, x: jax.Array, part: slice) -> jax.Array:
-        """x [B, T, H, .] times each head's part of kv_b, a group of heads at a time: [B, T, H, .]."""
-
-        def one(_: None, i: Any) -> tuple[None, jax.Array]:
+        def one(i: Any) -> jax.Array:
+            tile = take_tile(kv_b, (weight_layer,), i * heads * g, heads * g, stride=heads * g)
+            if numerics.native:
+                tile = numerics.round(dequantise(tile)) if isinstance(tile, QArray) else numerics.round(tile)
             group = lax.dynamic_slice_in_dim(x, i * heads, heads, axis=2)
-            return None, numerics.round(_einsum(spec, group, head_weights(i, part)))
+            group = jnp.moveaxis(group, 2, 0).reshape(heads, b * t, -1)
+            return numerics.round(dot(rows_of_heads(tile, heads, first, rows), group))
 
         if h == heads:
-            return one(None, 0)[1]
-        _, groups = lax.scan(one, None, jnp.arange(h // heads))
-        return jnp.moveaxis(groups, 0, 2).reshape(b, t, h, -1)
+            out = one(0)
+        else:
+            out = lax.scan(lambda _, i: (None, one(i)), None, jnp.arange(h // heads))[1]
+        return jnp.moveaxis(out.reshape(h, b, t, -1), 0, 2)
 
-    q_latent = over_heads("bthn,hnc->bthc", q_nope, slice(0, n))
+    q_latent = over_heads(transposed_tile_dot, q_nope, 0, n)
     query = jnp.concatenate([q_latent, q_rope], axis=-1)
 
-    def score(j: Any) -> jax.Array:
-        keys = read_block(latent, cache_layer, j, filled)
-        return _visible(_einsum("btha,bsa->bths", query, keys) * config.softmax_scale, positions, j)
+    def load(j: Any) -> jax.Array:
+        return read_block(latent, cache_layer, j, filled)
 
-    def value(p: jax.Array, j: Any) -> jax.Array:
-        return _einsum("bths,bsc->bthc", p, read_block(latent, cache_layer, j, filled)[..., :c])
+    def score(keys: jax.Array, first: Any, size: int) -> jax.Array:
+        return _einsum("btha,bsa->bhts", _queries(query, first, size), keys) * config.softmax_scale
 
-    context = numerics.round(attend(score, value, blocks, (b, t, h), c, numerics))
-    return over_heads("bthc,huc->bthu", context, slice(n, n + u))
+    def value(p: jax.Array, keys: jax.Array) -> jax.Array:
+        return _einsum("bhts,bsc->bhtc", p, keys[..., :c])
+
+    context = numerics.round(attend(load, score, value, positions, blocks, h, c, numerics))
+    return over_heads(tile_dot, context, n, u)
 
 
 def naive_attention(
@@ -176,32 +242,33 @@ def naive_attention(
     c, u = config.kv_lora_rank, config.v_head_dim
     weight_layer, cache_layer = layer
 
-    def expand(j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def load(j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         rows = read_block(latent, cache_layer, j, filled)
         kv = numerics.linear(rows[..., :c], kv_b, (weight_layer,)).reshape(b, rows.shape[1], h, n + u)
         return kv[..., :n], rows[..., c:], kv[..., n:]
 
-    def score(j: Any) -> jax.Array:
-        k_nope, k_rope, _ = expand(j)
-        s = _einsum("bthn,bshn->bths", q_nope, k_nope) + _einsum("bthr,bsr->bths", q_rope, k_rope)
-        return _visible(s * config.softmax_scale, positions, j)
+    def score(keys: tuple[jax.Array, jax.Array, jax.Array], first: Any, size: int) -> jax.Array:
+        k_nope, k_rope, _ = keys
+        s = _einsum("bthn,bshn->bhts", _queries(q_nope, first, size), k_nope)
+        return (s + _einsum("bthr,bsr->bhts", _queries(q_rope, first, size), k_rope)) * config.softmax_scale
 
-    def value(p: jax.Array, j: Any) -> jax.Array:
-        return _einsum("bths,bshu->bthu", p, expand(j)[2])
+    def value(p: jax.Array, keys: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _einsum("bhts,bshu->bhtu", p, keys[2])
 
-    return numerics.round(attend(score, value, blocks, (b, t, h), u, numerics))
+    return numerics.round(attend(load, score, value, positions, blocks, h, u, numerics))
 
 
 def choose_form(tokens: int, config: Config, numerics: Numerics) -> str:
     """ "absorbed" or "naive": as asked; else absorbed in native, the one with fewer operations in plain.
 
-    Per key and head, absorbed takes T (2C + R) multiply-adds; naive takes T (N + R + U), and C (N + U) to expand.
+    For T queries and S keys, absorbed takes T C (N + U) + T S (2 C + R) multiply-adds per head, naive takes
+    S C (N + U) + T S (N + R + U). S is not known here; they are compared at S = 4 T.
     """
     if numerics.mla != "auto":
         return numerics.mla
-    c, u, n, r = config.kv_lora_rank, config.v_head_dim, config.qk_nope_head_dim, config.qk_rope_head_dim
-    naive_is_cheaper = tokens * (2 * c + r) > tokens * (n + r + u) + c * (n + u)
-    return "naive" if naive_is_cheaper and not numerics.native else "absorbed"
+    c, g, r = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim, config.qk_rope_head_dim
+    absorbed, naive = c * g + 4 * tokens * (2 * c + r), 4 * c * g + 4 * tokens * (g + r)
+    return "naive" if naive <= absorbed and not numerics.native else "absorbed"
 
 
 class Attention(nnx.Module):

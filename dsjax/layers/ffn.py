@@ -14,14 +14,18 @@ from dsjax.config import Config
 from dsjax.layers.gate import moe_gate
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, block_scaled_dot, group_size, group_tokens, grouped_matmul
+from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_map, ungroup
 
 
 def swiglu(
     gate: Float[Array, "*batch M"], up: Float[Array, "*batch M"], numerics: Numerics
 ) -> Float[Array, "*batch M"]:
     """silu(gate) * up in float32, rounded once (spec V3 2.5)."""
-    return numerics.round(jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32))
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if numerics.native:  # DeepSeek's order of roundings
+        return numerics.round(gate / (1 + jnp.exp(-gate)) * up)
+    # The division last: XLA:CPU never repeats one inside the product that follows, as it would a multiplication.
+    return numerics.round(gate * up / (1 + jnp.exp(-gate)))
 
 
 class SwiGLU(nnx.Module):
@@ -72,16 +76,19 @@ class Experts(nnx.Module):
         tokens, k = choices.shape
         experts = self.config.n_routed_experts
         groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
+        gate, up, down = self.gate[...], self.up[...], self.down[...]
+        numerics = self.numerics
 
-        def matmul(rows: jax.Array, w: jax.Array | QArray) -> jax.Array:
-            return self.numerics.round(grouped_matmul(rows, w, groups, (layer,)))
+        def expert(rows: jax.Array, chosen: jax.Array) -> jax.Array:
+            def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
+                return expert_dot(x, w, chosen, (layer,))
 
-        # An empty row has source T * k, hence token T, which the gather fills with zeros.
-        operand = self.numerics.operand(x, self.gate[...])
-        rows = operand.at[groups.source // k].get(mode="fill", fill_value=0)
-        inner = swiglu(matmul(rows, self.gate[...]), matmul(rows, self.up[...]), self.numerics)
-        outputs = matmul(self.numerics.operand(inner, self.down[...]), self.down[...])
-        picked = outputs.at[groups.place].get(mode="fill", fill_value=0)
+            inner = swiglu(numerics.round(dot(rows, gate)), numerics.round(dot(rows, up)), numerics)
+            return dot(numerics.operand(inner, down), down)
+
+        operand = numerics.operand(x, gate)
+        outputs = grouped_map(expert, operand, groups, experts_at_once(groups, gate, operand.dtype))
+        picked = numerics.round(ungroup(outputs, groups))
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
         return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
 
