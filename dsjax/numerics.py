@@ -43,8 +43,20 @@ class Numerics:
         if self.native and self.dtype != "bfloat16":
             raise InputError("--dtype float32 cannot be combined with --numerics native, which rounds to bfloat16")
 
-    def for_checkpoint(self, config: Config) -> Numerics:
-        """These numerics with the activation scales that the checkpoint was trained for."""
+    def for_checkpoint(self, config: Config, weights: str = "stored") -> Numerics:
+        """These numerics with the activation scales that the checkpoint was trained for.
+
+        Args:
+          config: of the checkpoint.
+          weights: what its weights are held as, one of `params.WEIGHTS`.
+
+        Raises:
+          InputError: for native on an FP8 checkpoint held as anything else: native is DeepSeek's own FP8 products.
+        """
+        if self.native and config.quantization is not None and weights != "stored":
+            raise InputError(
+                f"--weights {weights} cannot be combined with --numerics native, which multiplies the stored FP8 codes"
+            )
         return dataclasses.replace(self, pow2=config.quantization is not None and config.quantization.pow2)
 
     @property

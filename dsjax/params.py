@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.config import Config
-from quant import BF16, E4M3, F16, QArray
+from dsjax.errors import InputError
+from quant import BF16, E4M3, F16, INT8, WHOLE, QArray
 
 Path = tuple[str, ...]
 Tree = dict[str, Any]
@@ -197,11 +198,11 @@ def is_mtp(row: Row) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """How a row's tensors are stored.
+    """How a row's tensors are stored in a checkpoint, or held in memory.
 
     Attributes:
-      format: "e4m3", "bf16", "f16" or "f32".
-      scales: for e4m3: "f32" or "e8m0".
+      format: "e4m3", "bf16", "f16" or "f32"; in memory also "int8".
+      scales: for e4m3: "f32" or "e8m0", per block; for int8: "f32", one per matrix row.
     """
 
     format: str
@@ -215,15 +216,47 @@ def official_storage(row: Row, config: Config) -> Stored:
     return Stored("f32" if row.path[-1] == "bias" else "bf16")
 
 
+WEIGHTS = ("stored", "float32", "bfloat16", "int8")
+"""What weights may be held as; chosen when they are loaded."""
+
+# Not held as INT8: the embedding, whose rows are looked up, and the router, whose rounding would change who is chosen.
+_NEVER_INT8 = ("embed", "router")
+
+
+def resident(row: Row, stored: Stored, weights: str = "stored") -> Stored:
+    """How a row is held in memory. What it equals in `stored` is not converted.
+
+    Vectors are float32 always. "int8" is weight-only, with one scale per output channel.
+
+    Args:
+      row: of the table.
+      stored: how the checkpoint stores it.
+      weights: one of `WEIGHTS`.
+
+    Raises:
+      InputError: for another choice.
+    """
+    if weights not in WEIGHTS:
+        raise InputError(f"weights: expected {', '.join(WEIGHTS)}, found {weights!r}")
+    if weights == "stored" or row.storage == VECTOR:
+        return stored
+    if weights == "int8":
+        return stored if any(name in row.path for name in _NEVER_INT8) else Stored("int8", "f32")
+    return Stored({"float32": "f32", "bfloat16": "bf16"}[weights])
+
+
 def scale_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a matrix [..., N, K]: [..., ceil(N/bn), ceil(K/bk)]."""
+    """Shape of the scales of a matrix [..., N, K]: [..., ceil(N/bn), ceil(K/bk)]; WHOLE spans an axis."""
     *lead, n, k = shape
-    return (*lead, -(-n // block[0]), -(-k // block[1]))
+    return (*lead, -(-n // (block[0] or n)), -(-k // (block[1] or k)))
 
 
 def abstract_leaf(row: Row, config: Config, stored: Stored) -> Any:
-    """The leaf as shapes: float32 ShapeDtypeStruct, or a QArray of them."""
+    """The leaf as shapes, held as `stored` says (see `resident`): float32 ShapeDtypeStruct, or a QArray of them."""
     shape = leaf_shape(row, config)
+    if stored.format == "int8":
+        scales = jax.ShapeDtypeStruct(scale_grid(shape, (1, WHOLE)), jnp.float32)
+        return QArray(jax.ShapeDtypeStruct(shape, jnp.uint8), scales, INT8, (1, WHOLE))
     if stored.format == "e4m3":
         assert config.quantization is not None
         block = config.quantization.block
@@ -248,18 +281,26 @@ def build_tree(rows: tuple[Row, ...], leaf: Callable[[Row], Any]) -> Tree:
     return tree
 
 
-def abstract_params(config: Config, *, mtp: bool = False, stored: Mapping[Path, Stored] | None = None) -> Tree:
+def abstract_params(
+    config: Config, *, mtp: bool = False, stored: Mapping[Path, Stored] | None = None, weights: str = "stored"
+) -> Tree:
     """The model's parameters as shapes; nothing is allocated.
 
     Args:
       config: the architecture.
       mtp: include the MTP module.
       stored: storage by path, from a checkpoint's headers; DeepSeek's official one by default.
+      weights: what they are held as, one of `WEIGHTS`.
+
+    Raises:
+      InputError: for another choice of `weights`.
     """
-    rows = tuple(r for r in table(config) if mtp or not is_mtp(r))
-    return build_tree(
-        rows, lambda r: abstract_leaf(r, config, stored[r.path] if stored else official_storage(r, config))
-    )
+
+    def leaf(row: Row) -> Any:
+        held = resident(row, stored[row.path] if stored else official_storage(row, config), weights)
+        return abstract_leaf(row, config, held)
+
+    return build_tree(tuple(r for r in table(config) if mtp or not is_mtp(r)), leaf)
 
 
 # --- accounting ------------------------------------------------------------------------------------------------------
@@ -272,6 +313,11 @@ def _stored_bytes(row: Row, config: Config) -> int:
         assert config.quantization is not None
         return math.prod(shape) + 4 * math.prod(scale_grid(shape, config.quantization.block))
     return math.prod(shape) * (4 if stored.format == "f32" else 2)
+
+
+def tree_bytes(params: Tree) -> int:
+    """Bytes of all leaves as they are held; of arrays, or of shapes from `abstract_params`."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
 
 
 def accounting(config: Config) -> dict[str, int]:

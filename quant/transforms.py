@@ -11,7 +11,11 @@ from quant.formats import E4M3, E8M0, Format, decode, encode, encode_e8m0_ceil, 
 from quant.qarray import QArray, dequantise, expand_scales
 
 AMAX_FLOOR = 1e-4
-"""DeepSeek's floor under a group's amax: an all-zero group gets a finite scale."""
+"""DeepSeek's floor under an E4M3 group's amax: an all-zero group gets a finite scale."""
+
+SCALE_FLOOR = 2.0**-126
+"""The floor under every other format's scale, float32's smallest normal number (DeepSeek's own for FP4, spec V4 4.3):
+an all-zero group gets a finite scale, and a group of small numbers keeps its relative precision."""
 
 GROUP = 128
 """Channels that share one activation scale."""
@@ -28,12 +32,15 @@ def _block_amax(x: jax.Array, block: tuple[int, int]) -> jax.Array:
 
 def _scale(amax: jax.Array, fmt: Format, pow2: bool) -> jax.Array:
     """float32 scales amax / max, rounded up to a power of two if asked."""
-    scale = exact_divide(jnp.maximum(amax, AMAX_FLOOR), jnp.float32(fmt.max))
+    floor = AMAX_FLOOR if fmt == E4M3 else SCALE_FLOOR * fmt.max
+    scale = exact_divide(jnp.maximum(amax, floor), jnp.float32(fmt.max))
     return decode(encode_e8m0_ceil(scale), E8M0) if pow2 else scale
 
 
 def quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> QArray:
-    """Quantises the last two axes by blocks: scale = max(amax, 1e-4) / max (spec V3 4.2), codes = round(x / scale).
+    """Quantises the last two axes by blocks: scale = max(amax, floor) / max (spec V3 4.2), codes = round(x / scale).
+
+    The floor is DeepSeek's 1e-4 for E4M3. The other formats' keeps the scale a normal number, and does nothing else.
 
     Args:
       x: float [..., N, K].

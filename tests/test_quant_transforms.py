@@ -68,7 +68,8 @@ def numpy_quantise(x: np.ndarray, fmt: Format, block: Block, pow2: bool) -> tupl
     scales = np.zeros((math.ceil(n / bn), math.ceil(k / bk)), np.float32)
     for i, j in np.ndindex(*scales.shape):
         here = np.s_[i * bn : (i + 1) * bn, j * bk : (j + 1) * bk]
-        scale = max(np.abs(x[here]).max(), np.float32(1e-4)) / np.float32(fmt.max)
+        floor = np.float32(1e-4) if fmt == E4M3 else np.float32(2.0**-126 * fmt.max)
+        scale = max(np.abs(x[here]).max(), floor) / np.float32(fmt.max)
         scale = scales[i, j] = power_at_least(scale) if pow2 else scale
         if fmt in (INT8, INT4):
             codes[here] = np.clip(np.rint(x[here] / scale), -fmt.max, fmt.max).astype(np.int8).view(np.uint8)
@@ -272,6 +273,21 @@ def test_int8_rule(block: Block) -> None:
     step = step.repeat(128, 1) if block[1] else np.broadcast_to(step, x.shape)
     assert_bit_equal(step[5, 7], np.float32(40) / np.float32(127))
     assert (codes[np.abs(x) < step * 0.4999] == 0).all() and (codes[np.abs(x) > step * 0.5001] != 0).all()
+
+
+@pytest.mark.parametrize("fmt", [E5M2, E2M1, INT8, INT4], ids=lambda f: f.name)
+@both_scales
+@both_modes
+def test_small_rows_keep_their_precision(fmt: Format, compiled: bool, pow2: bool) -> None:
+    """DeepSeek's floor of 1e-4 under an amax is E4M3's only: scaled by 2^-60, any row has the same codes."""
+    x = sample((16, 64), seed=11)
+    x[3] = 0.0
+    run = at(lambda v: (q := quantise(v, fmt, (1, WHOLE), pow2=pow2), dequantise(q)), compiled)
+    (large, _), (small, values) = run(x), run(x * np.float32(2.0**-60))
+    np.testing.assert_array_equal(small.codes, large.codes)
+    ratio = float_scales(small.scales) / float_scales(large.scales)
+    assert (np.delete(ratio, 3) == 2.0**-60).all() and ratio[3] == 1
+    np.testing.assert_array_equal(values[3], np.zeros(64))
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (32, 32)], ids=str)

@@ -1,8 +1,9 @@
-"""Bytes on disk -> arrays on devices, in their stored format, a bounded region at a time.
+"""Bytes on disk -> arrays on devices, in their stored format or another, a bounded region at a time.
 
 A stack of all layers' experts is hundreds of gigabytes, so no leaf is ever assembled beside the device. Each device's
 shard is allocated once and filled region by region; a region holds at most STAGING_BYTES, or one matrix row where a
 row is larger than that. A CPU device's memory is the host's: its shard is filled where it will stay, with no staging.
+A leaf held in another format is converted as its regions are filled (see `convert`).
 """
 
 from __future__ import annotations
@@ -19,14 +20,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from dsjax.checkpoint.agreement import SCALE_SUFFIX, agree, check_copies, check_values
+from dsjax.checkpoint.convert import Source, fill
 from dsjax.checkpoint.safetensors import Files
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
-from dsjax.params import Row, Stored, Tree, abstract_leaf, build_tree, is_mtp, table
+from dsjax.params import (
+    Path,
+    Row,
+    Stored,
+    Tree,
+    abstract_leaf,
+    abstract_params,
+    build_tree,
+    is_mtp,
+    resident,
+    table,
+    tree_bytes,
+)
 from quant import QArray
 
 STAGING_BYTES = 64 << 20
@@ -40,7 +54,7 @@ Region = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass
 class LoadStats:
-    """What a load did: tensor bytes moved, the most that was staged on the host at once, and regions staged."""
+    """What a load did: bytes put on devices, the most that was staged on the host at once, and regions staged."""
 
     bytes: int = 0
     peak_staging_bytes: int = 0
@@ -71,19 +85,19 @@ def split_region(region: Region, itemsize: int, limit: int) -> Iterator[Region]:
 
 
 def leaf_arrays(row: Row, config: Config, stored: Stored) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaf's arrays by name: "codes" and "scales" where it has them."""
+    """The leaf's arrays by name, held as `stored` says: "codes", and "scales" where it has them."""
     leaf = abstract_leaf(row, config, stored)
     if not isinstance(leaf, QArray):
         return {"codes": leaf}
     return {"codes": leaf.codes} if leaf.scales is None else {"codes": leaf.codes, "scales": leaf.scales}
 
 
-def load_plan(config: Config, stored: dict[Any, Stored], *, mtp: bool = False) -> LoadStats:
+def load_plan(config: Config, stored: dict[Path, Stored], *, mtp: bool = False, weights: str = "stored") -> LoadStats:
     """The regions a one-device load would stage, from shapes alone; proves the bound at any model size."""
     stats = LoadStats()
     for row in table(config):
         if row.copy_of is None and (mtp or not is_mtp(row)):
-            for array in leaf_arrays(row, config, stored[row.path]).values():
+            for array in leaf_arrays(row, config, resident(row, stored[row.path], weights)).values():
                 whole = tuple((0, n) for n in array.shape)
                 for region in split_region(whole, array.dtype.itemsize, STAGING_BYTES):
                     nbytes = math.prod(b - a for a, b in region) * array.dtype.itemsize
@@ -108,20 +122,42 @@ def _fill(buffer: jax.Array, piece: jax.Array, start: list[jax.Array]) -> jax.Ar
     return lax.dynamic_update_slice(buffer, piece, start)
 
 
+def _scales_per_row(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """Where one scale per matrix row goes: to every device that holds a part of the row."""
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) == len(shape):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]), memory_kind=sharding.memory_kind)
+    return sharding
+
+
 class _Loader:
-    def __init__(self, files: Files, config: Config, stats: LoadStats, progress: tqdm[Any], in_place: bool) -> None:
+    def __init__(
+        self,
+        files: Files,
+        config: Config,
+        stored: Mapping[Path, Stored],
+        held: Mapping[Path, Stored],
+        stats: LoadStats,
+        progress: tqdm[Any],
+        in_place: bool,
+    ) -> None:
         self.in_place = in_place
         self.files = files
         self.config = config
+        self.stored = stored
+        self.held = held
         self.stats = stats
         self.progress = progress
         self.checked: set[str] = set()
+        self.row_scales: dict[str, np.ndarray] = {}  # of the present leaf's tensors
 
-    def _view(self, name: str, dtype: np.dtype, part: str) -> np.ndarray:
+    def _view(self, name: str, dtype: np.dtype | None, part: str) -> np.ndarray:
+        """A tensor as `dtype`, or as the file has it."""
         if name not in self.checked:
             check_values(self.files, name)
             self.checked.add(name)
         view = self.files.read(name)
+        if dtype is None:
+            return view
         if dtype == np.float32 and view.dtype != np.float32:
             if part == "scales":  # E8M0, perhaps held as plain bytes
                 view = view.view(np.dtype("float8_e8m0fnu"))
@@ -132,13 +168,34 @@ class _Loader:
         """Copies one region of a leaf from the files into `out`, of the region's shape."""
         lead = len(row.stacking)
         inner = tuple(slice(a, b) for a, b in region[lead:])
+        converted = self.held[row.path] != self.stored[row.path]
         for offset in np.ndindex(out.shape[:lead]):
             index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
+            if converted:
+                self._convert(row, row.tensor_name(index), part, inner, out[offset])
+                continue
             name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
             out[offset] = self._view(name, out.dtype, part)[inner]
             self.files.release(name)
         self.stats.bytes += out.nbytes
         self.progress.update(out.nbytes)
+
+    def _convert(self, row: Row, name: str, part: str, inner: tuple[slice, ...], out: np.ndarray) -> None:
+        """Fills `out` with a part of one tensor in its resident format, or with its rows' new scales."""
+        held = self.held[row.path]
+        scale_name = name + SCALE_SUFFIX
+        scales = self._view(scale_name, np.dtype(np.float32), "scales") if scale_name in self.files else None
+        block = self.config.quantization.block if self.config.quantization else (1, 1)
+        source = Source(self._view(name, None, part), scales, block)
+        if held.format == "int8" and name not in self.row_scales:
+            # Of whole rows, whatever part of them is wanted, and once, however many devices and parts want it.
+            self.row_scales[name] = source.row_scales()
+        rows, columns = inner
+        if part == "scales":
+            out[...] = self.row_scales[name][rows]
+        else:
+            fill(out, source, rows, columns, held.format, self.row_scales.get(name))
+        self.files.release(name)
 
     def _in_place(self, row: Row, part: str, bounds: Region, dtype: np.dtype) -> np.ndarray:
         """A host device's part of an array, filled where it will stay."""
@@ -174,10 +231,16 @@ class _Loader:
                 shards.append(self._staged(row, part, bounds, dtype, where))
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
-    def leaf(self, row: Row, stored: Stored, sharding: ArraySharding) -> Any:
-        arrays = leaf_arrays(row, self.config, stored)
-        built = {part: self.array(row, part, spec, sharding(row, part)) for part, spec in arrays.items()}
-        template = abstract_leaf(row, self.config, stored)
+    def leaf(self, row: Row, sharding: ArraySharding) -> Any:
+        held = self.held[row.path]
+        built = {}
+        for part, spec in leaf_arrays(row, self.config, held).items():
+            where = sharding(row, part)
+            if (held.format, part) == ("int8", "scales"):
+                where = _scales_per_row(where, spec.shape)
+            built[part] = self.array(row, part, spec, where)
+        self.row_scales.clear()
+        template = abstract_leaf(row, self.config, held)
         if isinstance(template, QArray):
             return dataclasses.replace(template, codes=built["codes"], scales=built.get("scales"))
         return built["codes"]
@@ -187,6 +250,7 @@ def load(
     folder: FilePath | str,
     *,
     mtp: bool = False,
+    weights: str = "stored",
     sharding: Sharding | ArraySharding | None = None,
     progress: bool = False,
     in_place: bool = True,
@@ -196,16 +260,19 @@ def load(
     Args:
       folder: with config.json and safetensors files as DeepSeek publishes them.
       mtp: load the MTP module too.
+      weights: what matrices are held as, one of `params.WEIGHTS`: "stored" touches no byte; "float32" and "bfloat16"
+        are their values, rounded once; "int8" has one float32 scale per row and leaves embedding and router as stored.
       sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); the first device by
-        default. Each device reads only its part.
+        default. Each device reads only its part, and of rows that become INT8 once more the whole, for their scales.
       progress: show a progress bar on standard error.
       in_place: fill a CPU device's arrays where they stay; False goes through staging as for any other device.
 
     Returns:
-      The config; the parameters in their stored format (see `params.abstract_params`); what the load did.
+      The config; the parameters, held as asked for (see `params.abstract_params`); what the load did.
 
     Raises:
-      InputError: before anything is moved if config and files disagree; while loading if a tensor holds NaN.
+      InputError: before anything is moved if config and files disagree, or for another choice of `weights`; while
+        loading if a tensor holds NaN.
     """
     folder = FilePath(folder)
     if not os.path.isdir(folder):  # False, not OSError, for a name that cannot be one
@@ -222,11 +289,9 @@ def load(
             if row.copy_of is not None:
                 check_copies(files, row, rows[row.copy_of])
         stats = LoadStats()
-        arrays = [
-            a for r in rows.values() if r.copy_of is None for a in leaf_arrays(r, config, stored[r.path]).values()
-        ]
-        total = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+        held = {path: resident(row, stored[path], weights) for path, row in rows.items()}
+        total = tree_bytes(abstract_params(config, mtp=mtp, stored=stored, weights=weights))
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-            loader = _Loader(files, config, stats, bar, in_place)
-            tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, stored[row.path], where))
+            loader = _Loader(files, config, stored, held, stats, bar, in_place)
+            tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, where))
     return config, tree, stats

@@ -14,6 +14,7 @@ import jax
 
 from dsjax.cli import verbs
 from dsjax.errors import InputError
+from dsjax.params import WEIGHTS
 from dsjax.presets import PRESETS
 
 
@@ -70,7 +71,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="activations and cache")
     parser.add_argument("--numerics", choices=("plain", "native"), default="plain")
     parser.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention")
-    parser.add_argument("--weights", choices=("stored",), default="stored", help="resident format")
+    parser.add_argument("--weights", choices=WEIGHTS, default="stored", help="what they are held as in memory")
 
 
 def build_parser() -> argparse.ArgumentParser:

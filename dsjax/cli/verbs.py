@@ -111,11 +111,12 @@ def generate(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     numerics = _numerics(options)
     config = _checkpoint_config(folder)
+    numerics = numerics.for_checkpoint(config, options.weights)
     text = load_text(folder)
     prompts = read_prompts(options, text, config)
     stop = _stop_ids(folder, config, text)
-    config, params, _ = load(folder, progress=sys.stderr.isatty())
-    engine = Engine(config, params, numerics.for_checkpoint(config), text.size if text else None)
+    config, params, _ = load(folder, weights=options.weights, progress=sys.stderr.isatty())
+    engine = Engine(config, params, numerics, text.size if text else None)
 
     streaming = len(prompts) == 1 and not options.json
     shown = (lambda s: print(s, end="", flush=True)) if streaming else (lambda s: None)
@@ -188,14 +189,16 @@ def score(options: argparse.Namespace) -> int:
         raise InputError(f"{options.tokens}: expected rows of at least 2 tokens for --mtp-logits, found 1")
     numerics = _numerics(options)
     config = _checkpoint_config(options.model)
+    numerics = numerics.for_checkpoint(config, options.weights)
     for i, row in enumerate(tokens.tolist()):
         check_ids(row, config, f"{options.tokens}: row {i}")
     if tokens.shape[1] > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise InputError(f"{options.tokens}: expected rows of at most {limit} tokens, found {tokens.shape[1]}")
-    config, params, _ = load(options.model, mtp=options.mtp_logits is not None, progress=sys.stderr.isatty())
-    engine = Engine(config, params, numerics.for_checkpoint(config))
-    logits, drafts = engine.score(tokens, mtp=options.mtp_logits is not None)
+    mtp = options.mtp_logits is not None
+    config, params, _ = load(options.model, mtp=mtp, weights=options.weights, progress=sys.stderr.isatty())
+    engine = Engine(config, params, numerics)
+    logits, drafts = engine.score(tokens, mtp=mtp)
     with ExitStack() as stack:  # all files or none
         temporaries = [stack.enter_context(new_file(path)) for path in paths]
         for temporary, array in zip(temporaries, (logits, drafts), strict=False):
@@ -214,6 +217,7 @@ def bench(options: argparse.Namespace) -> int:
     result = run_bench(
         options.model,
         _numerics(options),
+        weights=options.weights,
         prompt_length=options.prompt_length,
         new_tokens=options.new_tokens,
         batch=options.batch,
