@@ -95,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--check", action="store_true", help="read every tensor; status 1 if anything is wrong")
     p.set_defaults(run=verbs.inspect)
 
+    p = commands.add_parser("convert", parents=[common], help="write a checkpoint in another format")
+    p.add_argument("model", type=Path, metavar="DIR")
+    p.add_argument("--to", choices=("orbax",), required=True, help="format")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.set_defaults(run=verbs.convert)
+
     p = commands.add_parser("generate", parents=[common], help="continue prompts")
     _model_flags(p)
     source = p.add_mutually_exclusive_group(required=True)
@@ -143,7 +149,7 @@ def _start_jax(options: argparse.Namespace) -> None:
             raise InputError(f"--compile-cache {options.compile_cache}: {e.strerror}") from None
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if options.run in (verbs.synth, verbs.inspect) and not options.platform:
+    if options.run in (verbs.synth, verbs.inspect, verbs.convert) and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     try:
         jax.devices()
