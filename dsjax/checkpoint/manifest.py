@@ -65,7 +65,7 @@ def describe(path: Path, leaf: Any) -> dict[str, Any]:
 
 
 def parse_entry(entry: Any) -> tuple[Path, Any]:
-    """The leaf of an entry; ValueError, TypeError or KeyError where it is none."""
+    """Path and abstract leaf of an entry; ValueError, TypeError, KeyError or AttributeError where it is none."""
     path, shape = tuple(entry["path"].split(".")), tuple(entry["shape"])
     if not shape or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"shape {shape}")
@@ -84,19 +84,26 @@ def parse_entry(entry: Any) -> tuple[Path, Any]:
     return path, QArray(codes, scales and jax.ShapeDtypeStruct(grid, np.dtype(scales)), fmt, (bn, bk))
 
 
+def write_manifest(folder: FilePath, entries: list[dict[str, Any]], stored: FilePath) -> None:
+    """Writes dsjax.json, with the size of every file under `stored`."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(stored.rglob("*")) if p.is_file()}
+    text = json.dumps({"version": VERSION, "leaves": entries, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
 def read_manifest(folder: FilePath) -> Leaves:
-    """The abstract leaves that a converted folder says it has.
+    """The abstract leaves that a converted folder says it has, after a look at the sizes of its files.
 
     Raises:
-      InputError: if dsjax.json is missing, damaged, or of another version.
+      InputError: if dsjax.json is missing, damaged, or of another version, or a file is missing or truncated.
     """
     where = folder / MANIFEST
     data = read_json_object(where)
     if data.get("version") != VERSION:
         raise InputError(f"{where}: expected version {VERSION}, found {str(data.get('version'))[:40]!r}")
-    entries, leaves = data.get("leaves"), Leaves()
-    if not isinstance(entries, list):
-        raise InputError(f"{where}: expected a list 'leaves', found {type(entries).__name__}")
+    entries, files, leaves = data.get("leaves"), data.get("files"), Leaves()
+    if not isinstance(entries, list) or not isinstance(files, dict):
+        raise InputError(f"{where}: expected a list 'leaves' and an object 'files', found something else")
     for entry in entries:
         try:
             path, leaf = parse_entry(entry)
@@ -106,6 +113,13 @@ def read_manifest(folder: FilePath) -> Leaves:
         if path in leaves:
             raise InputError(f"{where}: parameter {'.'.join(path)}: expected one entry, found two")
         leaves[path] = leaf
+    for name, size in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except (OSError, ValueError):  # ValueError: a name that cannot be one
+            raise InputError(f"{folder / name!s:.300}: expected a file of {size} bytes, found none") from None
+        if found != size:
+            raise InputError(f"{folder / name}: expected {size} bytes, found {found}")
     return leaves
 
 

@@ -11,7 +11,6 @@ is used: that takes a quarter of a second, which other verbs need not spend.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.checkpoint.manifest import (
     MANIFEST,
-    VERSION,
+    Leaves,
     check_leaves,
     describe,
     flatten,
@@ -35,12 +34,14 @@ from dsjax.checkpoint.manifest import (
     parse_entry,
     read_manifest,
     total_bytes,
+    write_manifest,
 )
+from dsjax.checkpoint.quiet import Failed, call
 from dsjax.checkpoint.values import all_finite
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
 from dsjax.files import check_space, new_folder
-from dsjax.params import Row, Tree, build_tree, is_mtp, table
+from dsjax.params import Path, Row, Tree, build_tree, is_mtp, table
 from quant import QArray
 
 PARAMS = "params"
@@ -72,13 +73,6 @@ def _storage(key: Any, array: Any) -> Any:
     return ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(cut)))
 
 
-def _why(error: BaseException) -> str:
-    """The root cause in one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 class Saving:
     """A save under way. The folder appears, whole, when `result` is called; without it nothing does.
 
@@ -86,25 +80,31 @@ class Saving:
       nbytes: of the parameters.
     """
 
-    def __init__(self, out: FilePath, nbytes: int, response: Any, folder: ExitStack) -> None:
-        self.nbytes = nbytes
-        self._out, self._response, self._folder = out, response, folder
+    def __init__(self, out: FilePath, leaves: Leaves, folder: FilePath, response: Any, cleanup: ExitStack) -> None:
+        self.nbytes = total_bytes(leaves.values())
+        self._entries = [describe(path, leaf) for path, leaf in leaves.items()]
+        self._out, self._folder, self._response, self._cleanup = out, folder, response, cleanup
+        self._done = False
 
     def result(self) -> None:
-        """Waits for the writers and puts the folder in its place.
+        """Waits for the writers and puts the folder in its place; once is enough.
 
         Raises:
           InputError: if it could not be written; nothing remains then.
         """
-        with self._folder.pop_all():
+        if self._done:
+            return
+        self._done = True
+        with self._cleanup:
             try:
-                self._response.result()
-            except BaseException as e:
-                with suppress(Exception):  # interrupted: the folder cannot go while others write to it
-                    self._response.result()
-                if isinstance(e, Exception):
-                    raise InputError(f"{self._out}: cannot be written: {_why(e)}") from None
+                call(self._response.result)
+            except Failed as e:
+                raise InputError(f"{self._out}: cannot be written: {e}") from None
+            except BaseException:  # interrupted: the folder cannot go while others write to it
+                with suppress(Failed):
+                    call(self._response.result)
                 raise
+            write_manifest(self._folder, self._entries, self._folder / PARAMS)
 
 
 def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: bool = True) -> Saving:
@@ -123,13 +123,13 @@ def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: boo
 
     out, source = FilePath(out), FilePath(source)
     leaves = dict(flatten(params))
-    entries = [describe(path, leaf) for path, leaf in leaves.items()]
+    config = load_config(source)
     try:
-        check_leaves(dict(map(parse_entry, entries)), load_config(source), source)
+        abstract = dict(parse_entry(describe(path, leaf)) for path, leaf in leaves.items())
     except (ValueError, KeyError) as e:
-        raise e if isinstance(e, InputError) else InputError(f"parameters cannot be saved: {e}") from None
-    size = total_bytes(leaves.values())
-    check_space(out, size)
+        raise InputError(f"parameters cannot be saved: {e}") from None
+    check_leaves(abstract, config, source)
+    check_space(out, total_bytes(leaves.values()))
     context = ocp.Context()
     context.array.saving.use_compression = False  # quantised codes hardly shrink, and loading would take twice as long
     context.array.saving.scoped_storage_options_creator = _storage
@@ -138,14 +138,12 @@ def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: boo
         for name in _COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        text = json.dumps({"version": VERSION, "leaves": entries}, indent=1)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
         try:
             with context:
-                response = ocp.save_async((folder / PARAMS).absolute(), nest(leaves.items()))
-        except Exception as e:
-            raise InputError(f"{out}: cannot be written: {_why(e)}") from None
-        saving = Saving(out, size, response, stack.pop_all())
+                response = call(lambda: ocp.save_async((folder / PARAMS).absolute(), nest(leaves.items())))
+        except Failed as e:
+            raise InputError(f"{out}: cannot be written: {e}") from None
+        saving = Saving(out, leaves, folder, response, stack.pop_all())
     if wait:
         saving.result()
     return saving
@@ -154,38 +152,56 @@ def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: boo
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """An array to restore, in the type that it was stored in: Orbax would convert to another without a word."""
+
+    shape: tuple[int, ...]
+    sharding: Sharding
+    dtype: None = None
+
+
 class Converted:
-    """A converted folder whose dsjax.json, config and Orbax metadata agree. Nothing of its arrays is read yet.
+    """A converted folder whose dsjax.json agrees with config and files. Nothing of its arrays is read yet.
 
     Attributes:
+      config: the config it was opened with.
       leaves: every parameter's leaf, abstract, by path.
     """
 
     def __init__(self, folder: FilePath, config: Config) -> None:
-        """Raises InputError where they do not."""
-        import orbax.checkpoint.experimental.v1 as ocp
-
+        """Raises InputError where they disagree."""
         self.config = config
         self.leaves = read_manifest(folder)
         check_leaves(self.leaves, config, folder / MANIFEST)
-        self._ocp, self._params = ocp, (folder / PARAMS).absolute()
+        self._params = (folder / PARAMS).absolute()
         if not os.path.isdir(self._params):
             raise InputError(f"{self._params}: expected an Orbax checkpoint, found none")
-        try:
-            stored = dict(flatten(ocp.metadata(self._params).metadata))
-        except Exception as e:
-            raise InputError(f"{self._params}: expected an Orbax checkpoint, found: {_why(e)}") from None
-        for path, array in flatten(nest(self.leaves.items())):
-            found = stored.get(path)
-            shown = f"{found.dtype} {list(found.shape)}" if found is not None else "none"
-            if shown != f"{array.dtype} {list(array.shape)}":
-                name, wanted = ".".join(path), f"{array.dtype} {list(array.shape)}"
-                raise InputError(f"{self._params}: array {name}: expected {wanted}, found {shown}")
 
     @property
     def has_mtp(self) -> bool:
         """Whether the MTP module is there."""
         return any(path[0] == "mtp" for path in self.leaves)
+
+    def _array(self, name: Path, like: Any, where: Sharding) -> jax.Array:
+        """One array, alone, so that where its data is damaged there is one error."""
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        wanted, error = f"{like.dtype} {list(like.shape)}", f"{self._params}: array {'.'.join(name)}"
+        tree = nest([(name, _Wanted(like.shape, where))])
+        try:
+            with context:
+                stored = call(lambda: ocp.load(self._params, tree, checkpointable_name="state"))
+        except Failed as e:
+            raise InputError(f"{error}: expected {wanted}, found it unreadable: {e}") from None
+        found = dict(flatten(stored)).get(name)
+        if not isinstance(found, jax.Array):
+            raise InputError(f"{error}: expected {wanted}, found none")
+        if found.dtype != like.dtype:
+            raise InputError(f"{error}: expected {wanted}, found {found.dtype}")
+        return found
 
     def leaf(self, row: Row, sharding: Callable[[Row, str], Sharding], *, in_place: bool = True) -> Any:
         """Reads one leaf straight into its shardings; each device's part alone is read.
@@ -198,30 +214,19 @@ class Converted:
         Raises:
           InputError: if data is missing or damaged, or holds NaN.
         """
-        template, where = self.leaves[row.path], f"{self._params}: parameter {'.'.join(row.path)}"
-        wanted: dict[str, Any] = {
-            part: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(row, part))
-            for part, a in leaf_parts(template).items()
-        }
-        leaf = dataclasses.replace(template, **wanted) if isinstance(template, QArray) else wanted["codes"]
-        context = self._ocp.Context()
-        context.pytree.loading.partial_load = True
-        try:
-            with context:
-                found = self._ocp.load(self._params, nest([(row.path, leaf)]), checkpointable_name="state")
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as e:
-            raise InputError(f"{where}: cannot be read: {_why(e)}") from None
-        for key in row.path:
-            found = found[key]
-        loaded = dataclasses.replace(template, **found) if isinstance(template, QArray) else found
-        for part, array in leaf_parts(loaded).items():
-            fmt = "f32" if not isinstance(loaded, QArray) else loaded.format.name if part == "codes" else None
-            fmt = fmt or ("e8m0" if array.dtype == np.uint8 else "f32")
+        template = self.leaves[row.path]
+        quantised = isinstance(template, QArray)
+        loaded: dict[str, Any] = {}
+        for part, like in leaf_parts(template).items():
+            name = (*row.path, part) if quantised else row.path
+            loaded[part] = array = self._array(name, like, sharding(row, part))
+            fmt = template.format.name if quantised and part == "codes" else "f32"
+            fmt = "e8m0" if part == "scales" and array.dtype == np.uint8 else fmt
             if not all_finite(array, fmt, on_host=in_place):
-                raise InputError(f"{where}: expected finite {part}, found NaN or infinity")
-        return loaded
+                raise InputError(
+                    f"{self._params}: array {'.'.join(name)}: expected finite values, found NaN or infinity"
+                )
+        return dataclasses.replace(template, **loaded) if quantised else loaded["codes"]
 
     def rows(self, *, mtp: bool) -> tuple[Row, ...]:
         """The table's rows that are loaded."""
