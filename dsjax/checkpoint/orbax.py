@@ -133,6 +133,9 @@ def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: boo
     context = ocp.Context()
     context.array.saving.use_compression = False  # quantised codes hardly shrink, and loading would take twice as long
     context.array.saving.scoped_storage_options_creator = _storage
+    if wait:  # then not all arrays need be copied at once; the limit must be above the largest
+        largest = max(total_bytes([array]) for leaf in leaves.values() for array in leaf_parts(leaf).values())
+        context.memory.write_concurrent_bytes = largest + CHUNK_BYTES
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out))
         for name in _COPIED:
