@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt16
 
 from dsjax.config import Config
 from dsjax.errors import InputError
-from quant.formats import BF16, decode, encode
+from quant.formats import BF16, encode
 
 KEY_BLOCK = 256
 """Cached positions that attention reads at a time; capacity is a multiple of it, or below it."""

@@ -12,6 +12,31 @@ from pathlib import Path
 from dsjax.errors import InputError
 
 
+def check_new_folder(out: Path) -> None:
+    """Refuses a folder that `new_folder` would not write, before the work that makes its content.
+
+    Raises:
+      InputError: if `out` exists and is not an empty folder.
+    """
+    try:
+        if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+            raise InputError(f"{out}: expected no such file or an empty folder, found something there")
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuses what is larger than the space left on the disk that `out` will be on.
+
+    Raises:
+      InputError: naming both numbers.
+    """
+    existing = next((p for p in out.absolute().parents if p.is_dir()), Path("/"))
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(f"{out}: expected {needed:,} bytes free on the disk, found {free:,}")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
@@ -19,9 +44,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
       InputError: if `out` exists and is not an empty folder, or cannot be made.
     """
+    check_new_folder(out)
     try:
-        if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-            raise InputError(f"{out}: expected no such file or an empty folder, found something there")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as e:

@@ -18,8 +18,9 @@ from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.models import v3
 from dsjax.numerics import Numerics
-from dsjax.params import Tree
+from dsjax.params import LINEAR, Tree, table
 from dsjax.sampling import Sampling, sample
+from quant import E4M3, QArray
 
 CHUNK = 512
 """New tokens per slot in one prefill step."""
@@ -86,6 +87,19 @@ def _sampled_step(
     return sample(logits, sampling, vocabulary, random_key, sequences, cache.length), cache
 
 
+def _check_native(config: Config, numerics: Numerics, params: Tree) -> None:
+    """Refuses native on weights that a checkpoint has in FP8 but that are held as something else."""
+    if not numerics.native or config.quantization is None:
+        return
+    for row in table(config):
+        leaf: Any = params
+        for key in row.path:
+            leaf = leaf.get(key) if isinstance(leaf, dict) else None
+        if row.storage == LINEAR and leaf is not None and not (isinstance(leaf, QArray) and leaf.format == E4M3):
+            held = leaf.format.name if isinstance(leaf, QArray) else str(leaf.dtype)
+            raise InputError(f"--numerics native: expected FP8 weights, found {'.'.join(row.path)} held as {held}")
+
+
 class Engine:
     """A model ready to run: parameters, numerics, and its compiled steps by shape.
 
@@ -96,6 +110,7 @@ class Engine:
     """
 
     def __init__(self, config: Config, params: Tree, numerics: Numerics, vocabulary: int | None = None) -> None:
+        _check_native(config, numerics, params)
         self.config = config
         self.params = params
         self.numerics = numerics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from dsjax.checkpoint.agreement import SCALE_SUFFIX
 from dsjax.checkpoint.safetensors import DTYPES, Spec, write_checkpoint_files
 from dsjax.config import Config, parse_config
 from dsjax.errors import InputError
-from dsjax.files import new_folder
+from dsjax.files import check_space, new_folder
 from dsjax.params import VECTOR, Row, accounting, matrix_shape, official_storage, scale_grid, table
 from dsjax.presets import PRESETS, preset
 from dsjax.synth_tokenizer import write_tokenizer
@@ -91,14 +90,6 @@ def _tensors(config: Config) -> Iterator[tuple[int, Row, str, str]]:
             yield layer, row, name, originals[row.copy_of].name if row.copy_of else name
 
 
-def _check_space(out: Path, config: Config) -> None:
-    """Refuses a checkpoint larger than what the disk has free, before listing what may be millions of tensors."""
-    existing = next((p for p in out.absolute().parents if p.is_dir()), Path("/"))
-    needed, free = accounting(config)["bytes"], shutil.disk_usage(existing).free
-    if needed > free:
-        raise InputError(f"{out}: expected {needed:,} bytes free on the disk, found {free:,}")
-
-
 def synthesise(out: Path, config_json: dict[str, Any], *, template: str = "deepseek-v3", seed: int = 0) -> None:
     """Writes a checkpoint folder: config.json, shards, index, and a tokenizer where the vocabulary has room.
 
@@ -114,7 +105,7 @@ def synthesise(out: Path, config_json: dict[str, Any], *, template: str = "deeps
       InputError: for an impossible config, or a folder that cannot be written.
     """
     config = parse_config(config_json, "--set")
-    _check_space(out, config)
+    check_space(out, accounting(config)["bytes"])  # before listing what may be millions of tensors
     order = sorted(_tensors(config), key=lambda t: t[0])
     specs: list[Spec] = []
     for _, row, name, _ in order:

@@ -5,8 +5,8 @@ written to memory, so the step runs at the speed of reading its weights.
 
 More tokens (prefill, large batches): *by tiles*. A tile of the weight is decoded, then multiplied by the backend's
 matrix product, in the activations' dtype: bfloat16 activations take the matrix units with bfloat16 operands and float32
-sums, the dequantised weight rounded once; float32 activations, or float32 weights, take float32 products. Temporary memory does not grow
-with the weight on any backend.
+sums, the dequantised weight rounded once; float32 activations, or float32 weights, take float32 products. Temporary
+memory does not grow with the weight on any backend.
 """
 
 from __future__ import annotations

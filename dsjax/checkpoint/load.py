@@ -23,8 +23,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
+from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import SCALE_SUFFIX, agree, check_copies, check_values
 from dsjax.checkpoint.convert import Source, fill
+from dsjax.checkpoint.manifest import leaf_parts, total_bytes
 from dsjax.checkpoint.safetensors import Files
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
@@ -86,10 +88,7 @@ def split_region(region: Region, itemsize: int, limit: int) -> Iterator[Region]:
 
 def leaf_arrays(row: Row, config: Config, stored: Stored) -> dict[str, jax.ShapeDtypeStruct]:
     """The leaf's arrays by name, held as `stored` says: "codes", and "scales" where it has them."""
-    leaf = abstract_leaf(row, config, stored)
-    if not isinstance(leaf, QArray):
-        return {"codes": leaf}
-    return {"codes": leaf.codes} if leaf.scales is None else {"codes": leaf.codes, "scales": leaf.scales}
+    return leaf_parts(abstract_leaf(row, config, stored))
 
 
 def load_plan(config: Config, stored: dict[Path, Stored], *, mtp: bool = False, weights: str = "stored") -> LoadStats:
@@ -246,10 +245,35 @@ class _Loader:
         return built["codes"]
 
 
+def _wants_mtp(folder: FilePath, config: Config, mtp: bool | None, found: bool) -> bool:
+    if mtp and not found:
+        raise InputError(f"{folder}: expected an MTP module (layer {config.num_hidden_layers}), found none")
+    return found if mtp is None else mtp
+
+
+def _load_converted(
+    folder: FilePath, config: Config, mtp: bool | None, where: ArraySharding, progress: bool, in_place: bool
+) -> tuple[Config, Tree, LoadStats]:
+    """`load` of a converted folder; Orbax reads, so a leaf's parts for this host's devices are staged together."""
+    converted, stats = orbax.Converted(folder, config), LoadStats()
+    mtp = _wants_mtp(folder, config, mtp, converted.has_mtp)
+    total = total_bytes(converted.leaves[row.path] for row in converted.rows(mtp=mtp))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+
+        def seen(leaf: Any) -> None:
+            local = sum(s.data.nbytes for a in leaf_parts(leaf).values() for s in a.addressable_shards)
+            stats.bytes += local
+            stats.staged(local)
+            bar.update(local)
+
+        tree = converted.load(where, seen, mtp=mtp, in_place=in_place)
+    return config, tree, stats
+
+
 def load(
     folder: FilePath | str,
     *,
-    mtp: bool = False,
+    mtp: bool | None = False,
     weights: str = "stored",
     sharding: Sharding | ArraySharding | None = None,
     progress: bool = False,
@@ -258,8 +282,8 @@ def load(
     """Loads a checkpoint folder.
 
     Args:
-      folder: with config.json and safetensors files as DeepSeek publishes them.
-      mtp: load the MTP module too.
+      folder: with config.json and safetensors files as DeepSeek publishes them; or a converted one, see `orbax`.
+      mtp: load the MTP module too; None where there is one.
       weights: what matrices are held as, one of `params.WEIGHTS`: "stored" touches no byte; "float32" and "bfloat16"
         are their values, rounded once; "int8" has one float32 scale per row and leaves embedding and router as stored.
       sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); the first device by
@@ -271,8 +295,8 @@ def load(
       The config; the parameters, held as asked for (see `params.abstract_params`); what the load did.
 
     Raises:
-      InputError: before anything is moved if config and files disagree, or for another choice of `weights`; while
-        loading if a tensor holds NaN.
+      InputError: before anything is moved if config and files disagree, for another choice of `weights`, or one with a
+        converted folder, which is held as it was saved; while loading if a tensor holds NaN.
     """
     folder = FilePath(folder)
     if not os.path.isdir(folder):  # False, not OSError, for a name that cannot be one
@@ -280,10 +304,13 @@ def load(
     config = load_config(folder)
     single = sharding or SingleDeviceSharding(jax.devices()[0])
     where: ArraySharding = (lambda row, part: single) if isinstance(single, Sharding) else single
+    if orbax.is_converted(folder):
+        if weights != "stored":
+            raise InputError(f"{folder}: expected --weights stored with a converted folder, found {weights}")
+        return _load_converted(folder, config, mtp, where, progress, in_place)
     with Files.open(folder) as files:
         stored = agree(files, config)
-        if mtp and ("mtp", "embed") not in stored:
-            raise InputError(f"{folder}: expected an MTP module (layer {config.num_hidden_layers}), found none")
+        mtp = _wants_mtp(folder, config, mtp, ("mtp", "embed") in stored)
         rows = {r.path: r for r in table(config) if mtp or not is_mtp(r)}
         for row in rows.values():
             if row.copy_of is not None:

@@ -66,12 +66,16 @@ def _setting(text: str) -> tuple[str, Any]:
 _setting.__name__ = "key=value"
 
 
+def _weights_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", choices=WEIGHTS, default="stored", help="what they are held as in memory")
+
+
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="activations and cache")
     parser.add_argument("--numerics", choices=("plain", "native"), default="plain")
     parser.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention")
-    parser.add_argument("--weights", choices=WEIGHTS, default="stored", help="what they are held as in memory")
+    _weights_flag(parser)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,6 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="DIR_OR_PRESET")
     p.add_argument("--check", action="store_true", help="read every tensor; status 1 if anything is wrong")
     p.set_defaults(run=verbs.inspect)
+
+    p = commands.add_parser("convert", parents=[common], help="write a checkpoint in another format")
+    p.add_argument("model", type=Path, metavar="DIR")
+    p.add_argument("--to", choices=("orbax",), required=True, help="format")
+    _weights_flag(p)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.set_defaults(run=verbs.convert)
 
     p = commands.add_parser("generate", parents=[common], help="continue prompts")
     _model_flags(p)
@@ -144,7 +155,7 @@ def _start_jax(options: argparse.Namespace) -> None:
             raise InputError(f"--compile-cache {options.compile_cache}: {e.strerror}") from None
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if options.run in (verbs.synth, verbs.inspect) and not options.platform:
+    if options.run in (verbs.synth, verbs.inspect, verbs.convert) and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     try:
         jax.devices()

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import jax
 import numpy as np
 
 from dsjax.bench import bench as run_bench
+from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
+from dsjax.checkpoint.manifest import total_bytes
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
-from dsjax.files import check_new_file, new_file
+from dsjax.files import check_new_file, check_new_folder, new_file
 from dsjax.generate import Engine, check_ids
 from dsjax.numerics import Numerics
 from dsjax.params import accounting
@@ -61,11 +64,16 @@ def inspect(options: argparse.Namespace) -> int:
     folder = Path(options.model)
     if folder.is_dir():
         try:
-            with Files.open(folder) as files:
-                agree(files, config)
-                result["bytes"] = sum(files[name].nbytes for name in files)
+            if orbax.is_converted(folder):
+                result["bytes"] = total_bytes(orbax.Converted(folder, config).leaves.values())
                 if options.check:
-                    found = list(problems(files, config))
+                    found = list(orbax.problems(folder, config))
+            else:
+                with Files.open(folder) as files:
+                    agree(files, config)
+                    result["bytes"] = sum(files[name].nbytes for name in files)
+                    if options.check:
+                        found = list(problems(files, config))
         except InputError as e:
             if not options.check:
                 raise
@@ -85,6 +93,20 @@ def inspect(options: argparse.Namespace) -> int:
     for problem in found:
         _note(problem)
     return 1 if found else 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """`dsjax convert`."""
+    check_new_folder(options.out)
+    start = time.perf_counter()
+    _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=sys.stderr.isatty())
+    saved = orbax.save(options.out, options.model, params).nbytes
+    result = {"model": str(options.out), "bytes": saved, "seconds": time.perf_counter() - start}
+    if options.json:
+        _print_json(result)
+    else:
+        print(f"{options.out}: {saved:,} bytes in {result['seconds']:.1f} s")
+    return 0
 
 
 def _checkpoint_config(folder: Path) -> Config:

@@ -27,7 +27,6 @@ from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_ti
 from quant.formats import exact_divide
 from quant.matmul import FUSED_TOKENS, TILE_BYTES
 
-
 Keys: TypeAlias = Any
 """What a form of attention loads of one key block."""
 
@@ -141,7 +140,7 @@ def rows_of_heads(tile: jax.Array | QArray, heads: int, first: int, rows: int) -
     """[heads * G, C] -> [heads, rows, C]: `rows` rows from `first` of each head's G."""
     if not isinstance(tile, QArray):
         return tile.reshape(heads, -1, tile.shape[-1])[:, first : first + rows]
-    n, c = tile.shape
+    n = tile.shape[0]
     # A scale block must not be cut by a head's end, nor by `first` or `rows`.
     block = math.gcd(tile.block[0] or n, n // heads, first, rows)
     tile = retile(tile, (block, tile.block[1]))
@@ -200,10 +199,7 @@ def absorbed_attention(
             group = jnp.moveaxis(group, 2, 0).reshape(heads, b * t, -1)
             return numerics.round(dot(rows_of_heads(tile, heads, first, rows), group))
 
-        if h == heads:
-            out = one(0)
-        else:
-            out = lax.scan(lambda _, i: (None, one(i)), None, jnp.arange(h // heads))[1]
+        out = one(0) if h == heads else lax.scan(lambda _, i: (None, one(i)), None, jnp.arange(h // heads))[1]
         return jnp.moveaxis(out.reshape(h, b, t, -1), 0, 2)
 
     q_latent = over_heads(transposed_tile_dot, q_nope, 0, n)
@@ -238,7 +234,7 @@ def naive_attention(
 
     Arguments and result as `absorbed_attention`; in native, kv_b is an FP8 product with quantised latents.
     """
-    b, t, h, n = q_nope.shape
+    b, _, h, n = q_nope.shape
     c, u = config.kv_lora_rank, config.v_head_dim
     weight_layer, cache_layer = layer
 

@@ -1,0 +1,44 @@
+"""Whether arrays of codes hold NaN or infinity, wherever they lie."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# A code is NaN or infinite where all these bits are set. Formats that are not listed have neither.
+_NOT_FINITE = {"e4m3": 0x7F, "e5m2": 0x7C, "e8m0": 0xFF, "bf16": 0x7F80, "f16": 0x7C00, "f32": 0x7F800000}
+
+_CHUNK = 1 << 18  # elements looked at together, so that temporaries stay in a core's cache
+
+
+def _on_host(bits: np.ndarray, mask: int) -> bool:
+    flat = bits.reshape(-1)
+    return any(bool((flat[i : i + _CHUNK] & mask == mask).any()) for i in range(0, flat.size, _CHUNK))
+
+
+@partial(jax.jit, static_argnums=1)
+def _on_device(array: jax.Array, mask: int) -> jax.Array:
+    bits = lax.bitcast_convert_type(array, jnp.uint32) if array.dtype == jnp.float32 else array
+    return (bits & bits.dtype.type(mask) == mask).any()
+
+
+def all_finite(array: Any, fmt: str, *, on_host: bool = True) -> bool:
+    """Whether no element is NaN or infinite.
+
+    Args:
+      array: codes, unsigned integers of the format's width, or float32 for "f32".
+      fmt: name of the codes' format.
+      on_host: look at the parts on CPU devices without copying them; False asks the devices.
+    """
+    mask = _NOT_FINITE.get(fmt)
+    if mask is None:
+        return True
+    if not on_host or any(d.platform != "cpu" for d in array.sharding.device_set):
+        return not _on_device(array, mask)
+    parts = (np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0)
+    return not any(_on_host(p.view(np.uint32) if p.dtype == np.float32 else p, mask) for p in parts)
