@@ -84,7 +84,8 @@ def _sampled_step(
     """One step and a draw from its last logits: (int32 [B], cache)."""
     logits, _, cache = v3.step(config, numerics, params, cache, tokens, n_new, "last")
     assert logits is not None
-    return sample(logits, sampling, vocabulary, random_key, sequences, cache.length), cache
+    with jax.named_scope("sample"):
+        return sample(logits, sampling, vocabulary, random_key, sequences, cache.length), cache
 
 
 def _check_native(config: Config, numerics: Numerics, params: Tree) -> None:

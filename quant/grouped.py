@@ -141,17 +141,20 @@ def grouped_map(
 
     if trips == 1:
         return run(0)
-    shape = jax.eval_shape(run, 0)
+    rows, n = (y := jax.eval_shape(run, 0)).shape
+
+    # Each trip stores the rows of the trip before: an update that is computed where it is stored takes one thread only
+    # on XLA:CPU, one that was carried is a plain copy.
+    def store(out: jax.Array, y: jax.Array, i: Any) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(out, y, i * rows, axis=0)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out, _ = carry
-        y = run(i)
-        # A second use of y keeps XLA:CPU from computing y inside the update, where it would take one thread only.
-        return lax.dynamic_update_slice_in_dim(out, y, i * shape.shape[0], axis=0), y[0, 0]
+        out, before = carry
+        return store(out, before, jnp.maximum(i - 1, 0)), run(i)
 
-    out = jnp.zeros((trips * shape.shape[0], shape.shape[1]), shape.dtype)
-    trips_used = (groups.used + at_once - 1) // at_once
-    return lax.fori_loop(0, trips_used, body, (out, jnp.zeros((), shape.dtype)))[0]
+    used = (groups.used + at_once - 1) // at_once
+    out, last = lax.fori_loop(0, used, body, (jnp.zeros((trips * rows, n), y.dtype), jnp.zeros((rows, n), y.dtype)))
+    return store(out, last, jnp.maximum(used - 1, 0))
 
 
 def ungroup(rows: Float[Array, "rows N"], groups: Groups) -> Float[Array, "T k N"]:

@@ -90,7 +90,7 @@ class QArray:
             return dataclasses.replace(self, codes=codes)
         bn = self.block[0] or self.shape[-2]
         if stride % bn == 0:  # starts where a block starts
-            block, scales = bn, take(self.scales, start // bn, -(-rows // bn))
+            block, scales = min(bn, rows), take(self.scales, start // bn, -(-rows // bn))
         elif bn % rows == 0 and stride % rows == 0:  # lies inside a block
             block, scales = rows, take(self.scales, start // bn, 1)
         else:

@@ -188,6 +188,7 @@ def absorbed_attention(
     while h % heads:
         heads -= 1
 
+    @jax.named_scope("absorb")
     def over_heads(dot: Callable[..., jax.Array], x: jax.Array, first: int, rows: int) -> jax.Array:
         """x [B, T, H, .] times `rows` rows from `first` of each head's part of kv_b, a group of heads at a time."""
 
@@ -238,18 +239,20 @@ def naive_attention(
     c, u = config.kv_lora_rank, config.v_head_dim
     weight_layer, cache_layer = layer
 
-    def load(j: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query = jnp.concatenate([q_nope, q_rope], axis=-1)
+
+    @jax.named_scope("expand")
+    def load(j: Any) -> tuple[jax.Array, jax.Array]:
         rows = read_block(latent, cache_layer, j, filled)
         kv = numerics.linear(rows[..., :c], kv_b, (weight_layer,)).reshape(b, rows.shape[1], h, n + u)
-        return kv[..., :n], rows[..., c:], kv[..., n:]
+        k_rope = jnp.broadcast_to(rows[:, :, None, c:], (*kv.shape[:-1], rows.shape[-1] - c))
+        return jnp.concatenate([kv[..., :n], k_rope], axis=-1), kv[..., n:]
 
-    def score(keys: tuple[jax.Array, jax.Array, jax.Array], first: Any, size: int) -> jax.Array:
-        k_nope, k_rope, _ = keys
-        s = _einsum("bthn,bshn->bhts", _queries(q_nope, first, size), k_nope)
-        return (s + _einsum("bthr,bsr->bhts", _queries(q_rope, first, size), k_rope)) * config.softmax_scale
+    def score(keys: tuple[jax.Array, jax.Array], first: Any, size: int) -> jax.Array:
+        return _einsum("bthk,bshk->bhts", _queries(query, first, size), keys[0]) * config.softmax_scale
 
-    def value(p: jax.Array, keys: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _einsum("bhts,bshu->bhtu", p, keys[2])
+    def value(p: jax.Array, keys: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _einsum("bhts,bshu->bhtu", p, keys[1])
 
     return numerics.round(attend(load, score, value, positions, blocks, h, u, numerics))
 
@@ -319,16 +322,20 @@ class Attention(nnx.Module):
         """
         config, numerics = self.config, self.numerics
         index = (layer[0],)
-        q = self._queries(x, layer[0])
-        q_nope = q[..., : config.qk_nope_head_dim]
-        q_rope = numerics.round(rope(q[..., config.qk_nope_head_dim :], table))
-        kv = numerics.linear(x, self.kv_a[...], index)
-        c = rms_norm(kv[..., : config.kv_lora_rank], self.kv_norm[...][layer[0]], config.rms_norm_eps)
-        k_rope = rope(kv[..., config.kv_lora_rank :], table)
-        rows = numerics.round(jnp.concatenate([c, k_rope], axis=-1))
-        latent = write(latent, layer[1], positions, valid, rows)
+        with jax.named_scope("queries"):
+            q = self._queries(x, layer[0])
+            q_nope = q[..., : config.qk_nope_head_dim]
+            q_rope = numerics.round(rope(q[..., config.qk_nope_head_dim :], table))
+        with jax.named_scope("latent"):
+            kv = numerics.linear(x, self.kv_a[...], index)
+            c = rms_norm(kv[..., : config.kv_lora_rank], self.kv_norm[...][layer[0]], config.rms_norm_eps)
+            k_rope = rope(kv[..., config.kv_lora_rank :], table)
+            rows = numerics.round(jnp.concatenate([c, k_rope], axis=-1))
+            latent = write(latent, layer[1], positions, valid, rows)
         forms = {"absorbed": absorbed_attention, "naive": naive_attention}
         attention = forms[choose_form(x.shape[1], config, numerics)]
         filled = positions[:, 0] + valid.sum(axis=1, dtype=jnp.int32)
-        out = attention(q_nope, q_rope, latent, self.kv_b[...], layer, positions, filled, blocks, config, numerics)
-        return numerics.linear(out.reshape(*x.shape[:2], -1), self.o[...], index), latent
+        with jax.named_scope("attend"):
+            out = attention(q_nope, q_rope, latent, self.kv_b[...], layer, positions, filled, blocks, config, numerics)
+        with jax.named_scope("output"):
+            return numerics.linear(out.reshape(*x.shape[:2], -1), self.o[...], index), latent

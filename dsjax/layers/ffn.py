@@ -81,14 +81,14 @@ class Experts(nnx.Module):
 
         def expert(rows: jax.Array, chosen: jax.Array) -> jax.Array:
             def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
-                return expert_dot(x, w, chosen, (layer,))
+                return numerics.round(expert_dot(x, w, chosen, (layer,)))
 
-            inner = swiglu(numerics.round(dot(rows, gate)), numerics.round(dot(rows, up)), numerics)
+            inner = swiglu(dot(rows, gate), dot(rows, up), numerics)
             return dot(numerics.operand(inner, down), down)
 
         operand = numerics.operand(x, gate)
         outputs = grouped_map(expert, operand, groups, experts_at_once(groups, gate, operand.dtype))
-        picked = numerics.round(ungroup(outputs, groups))
+        picked = ungroup(outputs, groups)
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
         return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
 
@@ -110,9 +110,12 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any) -> Float[Array, "B T D"]:
         """[B, T, D] -> [B, T, D], rounded once after everything is added in float32."""
         flat = x.reshape(-1, x.shape[-1])
-        scores = block_scaled_dot(flat, self.router[...], (layer,))
-        bias = None if self.bias is None else self.bias[...][layer]
-        choices, weights = moe_gate(scores, bias, self.config)
-        routed = self.experts(flat, choices, weights, valid.reshape(-1), layer)
-        shared = self.shared(flat, layer).astype(jnp.float32)
-        return self.numerics.round(routed + shared).reshape(x.shape)
+        with jax.named_scope("router"):
+            scores = block_scaled_dot(flat, self.router[...], (layer,))
+            bias = None if self.bias is None else self.bias[...][layer]
+            choices, weights = moe_gate(scores, bias, self.config)
+        with jax.named_scope("experts"):
+            routed = self.experts(flat, choices, weights, valid.reshape(-1), layer)
+        with jax.named_scope("shared"):
+            shared = self.shared(flat, layer).astype(jnp.float32)
+            return self.numerics.round(routed + shared).reshape(x.shape)

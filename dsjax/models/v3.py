@@ -71,30 +71,40 @@ class Stack(nnx.Module):
 
         def layer(carry: tuple[jax.Array, jax.Array, jax.Array], i: jax.Array) -> tuple[Any, None]:
             residual, delta, latent = carry
-            residual, x = add_norm(residual, delta, input_norm[i], eps, self.numerics)
+            with jax.named_scope("norm"):
+                residual, x = add_norm(residual, delta, input_norm[i], eps, self.numerics)
             delta, latent = self.attention(
                 x, latent, (i, i + self.offset), call.positions, call.valid, call.blocks, call.table
             )
-            residual, x = add_norm(residual, delta, post_norm[i], eps, self.numerics)
-            delta = self.ffn(x, call.valid, i) if isinstance(self.ffn, MoE) else self.ffn(x, i)
+            with jax.named_scope("norm"):
+                residual, x = add_norm(residual, delta, post_norm[i], eps, self.numerics)
+            if isinstance(self.ffn, MoE):
+                delta = self.ffn(x, call.valid, i)
+            else:
+                with jax.named_scope("dense"):
+                    delta = self.ffn(x, i)
             return (residual, delta, latent), None
 
         carry, _ = lax.scan(layer, (residual, delta, latent), jnp.arange(input_norm.shape[0]))
         return carry
 
 
+@jax.named_scope("embed")
 def _embed(embed: jax.Array | QArray, tokens: jax.Array, numerics: Numerics) -> jax.Array:
     """Rows of the embedding table, [B, T, D] in the activation dtype."""
     rows = decode(embed.codes[tokens], embed.format) if isinstance(embed, QArray) else embed[tokens]
     return numerics.round(rows)
 
 
-def _select(hidden: jax.Array, n_new: jax.Array, want: str) -> jax.Array:
-    """The positions whose logits are wanted: "last" real one [B, D], or "all" [B, T, D]."""
-    if want == "all":
-        return hidden
-    last = jnp.maximum(n_new - 1, 0)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+@jax.named_scope("head")
+def _logits(hidden: jax.Array, head: jax.Array | QArray, n_new: jax.Array, want: str) -> jax.Array | None:
+    """Of the "last" real position [B, V], of "all" [B, T, V], or "none"."""
+    if want == "none":
+        return None
+    if want == "last":
+        last = jnp.maximum(n_new - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return block_scaled_dot(hidden, head)
 
 
 class V3(nnx.Module):
@@ -120,7 +130,7 @@ class V3(nnx.Module):
             if stack is not None:
                 residual, delta, latent = stack(residual, delta, latent, call)
         _, hidden = add_norm(residual, delta, self.norm[...], self.config.rms_norm_eps, self.numerics)
-        logits = None if want == "none" else block_scaled_dot(_select(hidden, n_new, want), self.head[...])
+        logits = _logits(hidden, self.head[...], n_new, want)
         return logits, hidden, Cache(latent, cache.length + n_new)
 
 
@@ -156,7 +166,7 @@ class MTP(nnx.Module):
         residual = numerics.linear(joined, self.projection[...], (0,))
         residual, delta, latent = self.stack(residual, jnp.zeros_like(residual), cache.latent, call)
         _, out = add_norm(residual, delta, self.norm[...][0], eps, numerics)
-        logits = None if want == "none" else block_scaled_dot(_select(out, n_new, want), self.head[...])
+        logits = _logits(out, self.head[...], n_new, want)
         return logits, out, Cache(latent, cache.length + n_new)
 
 

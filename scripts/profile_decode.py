@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Where the milliseconds of one decode step go, by part of the model, beside the bytes that each part must read.
+
+Runs a checkpoint's compiled step under JAX's profiler (XLA:CPU), adds up the time of every operation by the scope that
+it was traced in, and prints a markdown table: time, share, weight bytes, and their rate. Scopes are set in the model
+(`jax.named_scope`); an operation made of several carries the name of its last one.
+
+    .venv/bin/python scripts/profile_decode.py --model DIR [--context 128] [--batch 1] [--tokens 1] [--steps 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.checkpoint.load import load
+from dsjax.config import Config
+from dsjax.generate import Engine
+from dsjax.numerics import Numerics
+from dsjax.params import Tree, table
+from dsjax.sampling import Sampling
+from quant import QArray
+
+SCOPES = ("embed", "norm", "queries", "latent", "absorb", "attend", "expand", "output", "router", "experts", "shared")
+SCOPES += ("dense", "head", "sample")
+
+PARTS = {  # leaf (last name, or last two) -> scope that reads it
+    "q": "queries",
+    "q_a": "queries",
+    "q_b": "queries",
+    "kv_a": "latent",
+    "kv_b": "absorb",
+    "o": "output",
+    "router.weight": "router",
+    "head": "head",
+}
+
+
+def scope_of(name: str, text: str) -> str:
+    """The scope of an operation of the compiled program, by its metadata."""
+    found = re.search(rf"%?{re.escape(name)} = .*?op_name=\"([^\"]*)\"", text)
+    scopes = [part for part in found.group(1).split("/") if part in SCOPES] if found else []
+    return scopes[-1] if scopes else "other"
+
+
+def read_bytes(config: Config, params: Tree) -> Counter[str]:
+    """Weight bytes that one token reads, by scope."""
+    totals: Counter[str] = Counter()
+    for row in table(config):
+        leaf = params
+        for key in row.path:
+            leaf = leaf.get(key, {}) if isinstance(leaf, dict) else leaf
+        if isinstance(leaf, dict) or row.path[0] in ("embed", "mtp"):
+            continue
+        nbytes = leaf.nbytes if isinstance(leaf, QArray) else leaf.size * leaf.dtype.itemsize
+        if row.experts:
+            totals["experts"] += nbytes * config.num_experts_per_tok // config.n_routed_experts
+        else:
+            part = {"shared": "shared", "ffn": "dense"}.get(row.path[-2] if len(row.path) > 1 else "")
+            totals[part or PARTS.get(row.path[-1]) or PARTS.get(".".join(row.path[-2:])) or "norm"] += nbytes
+    return totals
+
+
+def profile(path: Path, text: str, steps: int) -> Counter[str]:
+    """Milliseconds per step by scope, from a trace: every event's own time, without that of events inside it."""
+    own: Counter[str] = Counter()
+    data = jax.profiler.ProfileData.from_file(str(next(path.rglob("*.xplane.pb"))))
+    for line in (line for plane in data.planes for line in plane.lines if "python" not in line.name):
+        stack: list[tuple[float, str]] = []
+        for event in sorted(line.events, key=lambda e: (e.start_ns, -e.duration_ns)):
+            while stack and stack[-1][0] <= event.start_ns:
+                stack.pop()
+            if stack:
+                own[stack[-1][1]] -= event.duration_ns
+            own[event.name] += event.duration_ns
+            stack.append((event.start_ns + event.duration_ns, event.name))
+    totals: Counter[str] = Counter()
+    for name, ns in own.items():
+        if "wait for completion" in name or ("::" not in name and f"{name} = " not in text):
+            continue
+        totals["runtime" if "::" in name else scope_of(name, text)] += ns / 1e6 / steps
+    return totals
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--weights", default="stored")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--context", type=int, default=128, help="tokens before the step")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1, help="new tokens per slot")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    config, params, _ = load(options.model, weights=options.weights)
+    engine = Engine(config, params, Numerics("plain", options.dtype))
+    cache = engine.cache(options.batch, options.context + options.tokens)
+    compiled = engine.compiled(cache, options.tokens, Sampling())
+    random, batch = np.random.default_rng(0), options.batch
+    n_new, sequences = np.full(batch, options.tokens, np.int32), np.zeros(batch, np.int32)
+    key = jax.random.key(0)
+
+    def run(steps: int) -> list[float]:
+        nonlocal cache
+        times = []
+        for _ in range(steps):
+            tokens = random.integers(0, config.vocab_size, (batch, options.tokens)).astype(np.int32)
+            cache = dataclasses.replace(cache, length=jnp.full(batch, options.context, jnp.int32))
+            start = time.perf_counter()
+            drawn, cache = compiled(params, cache, tokens, n_new, key, sequences)
+            drawn.block_until_ready()
+            times.append(time.perf_counter() - start)
+        return times
+
+    run(3)
+    plain = statistics.median(run(options.steps)) * 1e3
+    with tempfile.TemporaryDirectory() as scratch:
+        with jax.profiler.trace(scratch):
+            traced = statistics.mean(run(options.steps)) * 1e3
+        totals = profile(Path(scratch), compiled.as_text(), options.steps)
+    nbytes = read_bytes(config, params)
+    named = sum(ms for scope, ms in totals.items() if scope != "other")
+    print(
+        f"step {plain:.2f} ms; under the profiler {traced:.2f} ms, of which {named:.2f} ms ({named / traced:.0%}) named"
+    )
+    print("\n| part | ms | share | weight MB | GB/s |\n|---|---|---|---|---|")
+    for scope, ms in totals.most_common():
+        rate = f"{nbytes[scope] / ms / 1e6:.1f}" if nbytes[scope] and batch * options.tokens == 1 else ""
+        print(f"| {scope} | {ms:.2f} | {ms / traced:.1%} | {nbytes[scope] / 1e6:.1f} | {rate} |")
+    total = sum(nbytes.values())
+    print(f"| all | {sum(totals.values()):.2f} | {sum(totals.values()) / traced:.1%} | {total / 1e6:.1f} |  |")
+
+
+if __name__ == "__main__":
+    main()
