@@ -141,7 +141,11 @@ def grouped_map(
 
     if trips == 1:
         return run(0)
-    rows, n = (y := jax.eval_shape(run, 0)).shape
+    dtype = jax.eval_shape(run, 0).dtype
+    if dtype == jnp.bfloat16:  # XLA:CPU would widen the whole array at every update
+        bits = grouped_map(lambda *a: lax.bitcast_convert_type(f(*a), jnp.uint16), x, groups, at_once)
+        return lax.bitcast_convert_type(bits, dtype)
+    rows, n = jax.eval_shape(run, 0).shape
 
     # Each trip stores the rows of the trip before: an update that is computed where it is stored takes one thread only
     # on XLA:CPU, one that was carried is a plain copy.
@@ -153,7 +157,7 @@ def grouped_map(
         return store(out, before, jnp.maximum(i - 1, 0)), run(i)
 
     used = (groups.used + at_once - 1) // at_once
-    out, last = lax.fori_loop(0, used, body, (jnp.zeros((trips * rows, n), y.dtype), jnp.zeros((rows, n), y.dtype)))
+    out, last = lax.fori_loop(0, used, body, (jnp.zeros((trips * rows, n), dtype), jnp.zeros((rows, n), dtype)))
     return store(out, last, jnp.maximum(used - 1, 0))
 
 

@@ -192,15 +192,15 @@ def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
         if bfloat16:
             values = round_to_bfloat16(values)
         y = y + jnp.einsum(
-            "...nk,...tk->...nt",
-            values,
+            "...tk,...nk->...tn",
             channels,
+            values,
             precision=None if bfloat16 else lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
     if block is None and factor != 1.0:
         y = y * factor
-    return jnp.swapaxes(y if row is None else y * row[..., None], -1, -2)
+    return y if row is None else y * row[..., None, :]
 
 
 def tile_dot(tile: Weight, x: Float[Array, "*lead T K"]) -> Float32[Array, "*lead T N"]:
