@@ -320,6 +320,35 @@ def tree_bytes(params: Tree) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
 
 
+def active_bytes(params: Tree, config: Config, batch: int) -> int:
+    """Weight bytes that one decode step must read at least once, as they are held, scales included.
+
+    All leaves of the main model, except: of the embedding one row per slot; of the routed experts the expected number
+    of distinct ones under uniform, independent routing, E (1 - (1 - k/E)^B) a layer with k experts per token, which is
+    k for one slot. Trained routers are less even, so real batches read less. MTP modules are left out: decoding does
+    not use them. The cache is no weight and is not counted.
+
+    Args:
+      params: arrays, or shapes from `abstract_params`.
+      config: the architecture.
+      batch: slots B, one new token each.
+    """
+    total = 0.0
+    for row in table(config):
+        if is_mtp(row):
+            continue
+        leaf: Any = params
+        for key in row.path:
+            leaf = leaf[key]
+        share = 1.0
+        if row.path == ("embed",):
+            share = min(batch / config.vocab_size, 1.0)
+        elif row.experts:
+            share = 1 - (1 - config.num_experts_per_tok / row.experts) ** batch
+        total += share * tree_bytes(leaf)
+    return round(total)
+
+
 def accounting(config: Config) -> dict[str, int]:
     """Parameter counts and bytes (spec V3 7).
 

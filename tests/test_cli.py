@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import SYNTH_SETTINGS
 
+from dsjax import bandwidth
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.main import main
 from dsjax.presets import PRESETS
@@ -298,7 +299,8 @@ def test_score_equals_hugging_face(name: str, tmp_path: Path, capsys: Capture) -
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["tokens.npy", *(f for f, _ in pairs)])
 
 
-def test_bench(model: Path, capsys: Capture) -> None:
+def test_bench(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 1 << 20)
     result = run(capsys, "bench", "--model", model, "--prompt-length", 8, "--new-tokens", 3, "--batch", 2)
     for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s", "tpot_s", "load_s", "compile_s"):
         assert isinstance(result[key], float) and result[key] > 0, key

@@ -28,6 +28,7 @@ from helpers import (
 )
 from jax.sharding import Mesh, NamedSharding
 
+from dsjax import bandwidth
 from dsjax.checkpoint import load as loading
 from dsjax.checkpoint.agreement import agree
 from dsjax.checkpoint.convert import Source, fill
@@ -341,8 +342,11 @@ def test_unknown_weights(capsys: pytest.CaptureFixture[str]) -> None:
         load(GOLDENS / "v3-mtp", weights="int4")
 
 
-def test_verbs(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
+def test_verbs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`score` computes what the library does with the same weights, and `bench` says what it held."""
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 1 << 20)
     (tmp_path / "ids.json").write_text(json.dumps(TOKENS.tolist()))
     flags = ("--model", str(model), "--weights", "int8", "--json")
     files = ("--tokens", str(tmp_path / "ids.json"), "--logits", str(tmp_path / "out.npy"))

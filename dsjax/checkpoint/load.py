@@ -108,7 +108,7 @@ def load_plan(config: Config, stored: dict[Path, Stored], *, mtp: bool = False, 
 _ALIGNMENT = 64  # bytes; XLA:CPU adopts a NumPy array so aligned instead of copying it
 
 
-def _host_buffer(shape: list[int], dtype: np.dtype) -> np.ndarray:
+def host_buffer(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """Memory that XLA:CPU can adopt as a device's array."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -198,7 +198,7 @@ class _Loader:
 
     def _in_place(self, row: Row, part: str, bounds: Region, dtype: np.dtype) -> np.ndarray:
         """A host device's part of an array, filled where it will stay."""
-        buffer = _host_buffer([b - a for a, b in bounds], dtype)
+        buffer = host_buffer([b - a for a, b in bounds], dtype)
         for region in split_region(bounds, dtype.itemsize, STAGING_BYTES):
             inside = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(region, bounds, strict=True))
             self._read(row, part, region, buffer[inside])

@@ -131,11 +131,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--mtp-logits", type=Path, metavar="OUT.npy", help="the draft's, float32 [B, T-1, V]")
     p.set_defaults(run=verbs.score)
 
-    p = commands.add_parser("bench", parents=[common], help="time loading, prefill and decode")
+    p = commands.add_parser(
+        "bench", parents=[common], help="time loading, prefill and decode, against what memory gives"
+    )
     _model_flags(p)
     p.add_argument("--prompt-length", type=_positive, default=128, metavar="N")
     p.add_argument("--new-tokens", type=_positive, default=32, metavar="N")
     p.add_argument("--batch", type=_positive, default=1, metavar="N")
+    p.add_argument(
+        "--soak", type=_positive, metavar="N", help="N more decode steps; status 1 if ids change or memory grows"
+    )
     p.set_defaults(run=verbs.bench)
     return parser
 

@@ -21,6 +21,7 @@ from dsjax.checkpoint.load import load
 from dsjax.checkpoint.manifest import total_bytes
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.prompts import read_prompts, read_tokens
+from dsjax.cli.report import bench_table
 from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
 from dsjax.files import check_new_file, check_new_folder, new_file
@@ -243,11 +244,11 @@ def bench(options: argparse.Namespace) -> int:
         prompt_length=options.prompt_length,
         new_tokens=options.new_tokens,
         batch=options.batch,
+        soak_steps=options.soak,
     )
     result["platform"] = jax.devices()[0].platform
     if options.json:
         _print_json(result)
     else:
-        for key, value in result.items():
-            print(f"{key:22} {value:.4g}" if isinstance(value, float) else f"{key:22} {value}")
-    return 0
+        print(bench_table(result))
+    return 0 if result.get("soak", {}).get("passed", True) else 1
