@@ -1,32 +1,55 @@
 #!/usr/bin/env python3
-"""Decode and prefill speed beside Hugging Face transformers, in one run.
+"""Decode and prefill speed beside Hugging Face transformers and llama.cpp, in one run.
 
 The model is the bench geometry (V3 layers: hidden 1024, 8 layers of which 1 dense, 16 heads, 64 experts of 512, top-6,
-vocabulary 32000; 841 M parameters). dsjax runs a checkpoint in the official FP8 format, weights resident as stored;
-Hugging Face runs its DeepseekV3ForCausalLM in bfloat16. Both have random weights, batch 1 unless --batch. Rounds
-alternate between the two; medians and their ratio are printed. Needs the `parity` extra.
+vocabulary 32000; 841 M parameters) with random weights, the same on every side, each side holding them in its own
+format:
 
-    .venv/bin/python scripts/bench_vs_hf.py [--batch 1] [--prompt-length 128] [--new-tokens 24] [--rounds 5]
+    dsjax-fp8         the checkpoint's FP8 codes, resident as stored
+    dsjax-int8        --weights int8; -bfloat16 and -float32 likewise. Activations are bfloat16 in these four.
+    dsjax-all-float32 float32 weights and activations, the counterpart of hf-float32; only when asked for
+    hf-bfloat16       Hugging Face's DeepseekV3ForCausalLM; every ratio is to this column
+    hf-float32        the same in float32; only with --hf-float32 or when asked for
+    llama-q8          llama.cpp through llama_cpp, Q8_0 weights; only with --gguf FILE, see make_bench_gguf.py
+    llama-q8-extra    the same with weights repacked where llama.cpp can (see LlamaCpp); only when asked for
+
+All columns are loaded at once and take turns within each round, in an order that shifts by one from round to round, so
+that what else the machine does falls on all alike. One round warms up. A round's decode time is the median of its
+steps; the table's numbers come from medians over rounds. Prefill is from the prompt to the first token; compiling is
+not counted. Needs the `parity` extra.
+
+    .venv/bin/python scripts/bench_vs_hf.py [--columns dsjax-fp8,hf-bfloat16] [--cases decode-1] [--rounds 7]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.util
 import json
+import logging
+import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
+from functools import cache
+from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsjax.checkpoint.load import load
-from dsjax.config import Config
+from dsjax.config import Config, load_config
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
+from dsjax.params import Tree, table, tree_bytes
 from dsjax.synth import synth_config, synthesise
+from quant import QArray
 
 BENCH_GEOMETRY = {
     "num_hidden_layers": 8,
@@ -42,73 +65,388 @@ BENCH_GEOMETRY = {
     "num_experts_per_tok": 6,
 }
 
+DSJAX = {  # column: (weights, dtype of activations)
+    "dsjax-fp8": ("stored", "bfloat16"),
+    "dsjax-int8": ("int8", "bfloat16"),
+    "dsjax-bfloat16": ("bfloat16", "bfloat16"),
+    "dsjax-float32": ("float32", "bfloat16"),
+    "dsjax-all-float32": ("float32", "float32"),
+}
+HUGGING_FACE = {"hf-bfloat16": "bfloat16", "hf-float32": "float32"}
+LLAMA = {"llama-q8": False, "llama-q8-extra": True}  # column: whether extra buffers are used
+BASELINE = "hf-bfloat16"
+HEADINGS = {
+    "dsjax-fp8": "dsjax, FP8",
+    "dsjax-int8": "dsjax, int8",
+    "dsjax-bfloat16": "dsjax, bf16",
+    "dsjax-float32": "dsjax, f32",
+    "dsjax-all-float32": "dsjax, all f32",
+    "hf-bfloat16": "Hugging Face, bf16",
+    "hf-float32": "Hugging Face, f32",
+    "llama-q8": "llama.cpp, Q8_0",
+    "llama-q8-extra": "llama.cpp, Q8_0 repacked",
+}
+ENOUGH_ROUNDS = 5
 
-def hugging_face(config: Config) -> DeepseekV3ForCausalLM:
-    """Hugging Face's model of the same geometry, random bfloat16 weights."""
-    c = synth_config("deepseek-v3", settings=BENCH_GEOMETRY)
-    for key in ("quantization_config", "torch_dtype", "architectures", "model_type"):
-        c.pop(key)
-    c["num_key_value_heads"] = config.num_attention_heads
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**c)).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+      heading: what the row is called.
+      batch, prompt_length: prompts at once, and tokens of each.
+      decode: whether steps after the prompt are timed, or the prompt itself.
+    """
+
+    heading: str
+    batch: int
+    prompt_length: int
+    decode: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the timed piece of work is for."""
+        return self.batch if self.decode else self.batch * self.prompt_length
 
 
-def time_hugging_face(model: DeepseekV3ForCausalLM, prompt: np.ndarray, new_tokens: int) -> tuple[float, list[float]]:
-    """(seconds of prefill, seconds of each decode step), greedy, with its own cache."""
-    with torch.inference_mode():
-        start = time.perf_counter()
-        out = model(torch.from_numpy(prompt), use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        prefill = time.perf_counter() - start
-        steps = []
-        for _ in range(new_tokens):
+CASES = {
+    "decode-1": Case("decode, batch 1, prompt 128", 1, 128, decode=True),
+    "prefill-128": Case("prefill of 128", 1, 128, decode=False),
+    "prefill-512": Case("prefill of 512", 1, 512, decode=False),
+    "decode-8": Case("decode, batch 8, prompt 32 each", 8, 32, decode=True),
+}
+
+
+class Side(Protocol):
+    """A model in one program and format: the bytes its weights take, and how long it needs."""
+
+    weight_bytes: int
+
+    def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        """(seconds of prefill, seconds of each decode step), greedy; int prompt [B, T]."""
+
+
+def checkpoint(folder: Path) -> Path:
+    """The folder; made, of the bench geometry, where there is none."""
+    if not folder.exists():
+        synthesise(folder, synth_config("deepseek-v3", settings=BENCH_GEOMETRY))
+    return folder
+
+
+class Dsjax:
+    """dsjax, plain numerics."""
+
+    def __init__(self, config: Config, params: Tree, dtype: str) -> None:
+        self.engine = Engine(config, params, Numerics("plain", dtype))
+        self.weight_bytes = tree_bytes(params)
+
+    def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        timing = self.engine.generate(prompt.tolist(), steps + 1)[1]
+        return timing.ttft_s, timing.token_s
+
+
+def _state(config: Config, params: Tree) -> dict[str, Any]:
+    """Hugging Face's state dict: the checkpoint's names, but a layer's experts are one tensor, gate above up."""
+    import torch
+
+    def tensor(leaf: Any) -> torch.Tensor:
+        if isinstance(leaf, QArray):
+            return torch.from_dlpack(leaf.codes).view(torch.bfloat16)
+        return torch.from_dlpack(leaf)
+
+    state = {}
+    for row in table(config):
+        leaf: Any = params
+        for key in row.path:
+            leaf = leaf[key]
+        values = tensor(leaf)
+        if row.experts:
+            for i, layer in enumerate(row.layers):
+                state[f"model.layers.{layer}.mlp.experts.{row.path[-1]}_proj"] = values[i]
+        else:
+            for index, name in row.tensors():
+                state[name] = values[index]
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        where = f"model.layers.{layer}.mlp.experts."
+        state[where + "gate_up_proj"] = torch.cat([state.pop(where + f"{part}_proj") for part in ("gate", "up")], dim=1)
+    return state
+
+
+class HuggingFace:
+    """Hugging Face's DeepseekV3ForCausalLM with its own cache."""
+
+    def __init__(self, folder: Path, config: Config, params: Tree, dtype: str, experts: str | None) -> None:
+        import torch
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for key in ("quantization_config", "torch_dtype", "architectures", "model_type"):
+            c.pop(key, None)
+        c["num_key_value_heads"] = config.num_attention_heads
+        choice = {"experts_implementation": experts} if experts else {}
+        hf_config = DeepseekV3Config(**c)
+        self.model = DeepseekV3ForCausalLM._from_config(hf_config, dtype=getattr(torch, dtype), **choice).eval()
+        self.model.load_state_dict(_state(config, params))
+        self.experts = self.model.config._experts_implementation
+        self.weight_bytes = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+
+    def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        import torch
+
+        with torch.inference_mode():
             start = time.perf_counter()
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = self.model(torch.from_numpy(prompt), use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
-            steps.append(time.perf_counter() - start)
-    return prefill, steps
+            prefill = time.perf_counter() - start
+            seconds = []
+            for _ in range(steps):
+                start = time.perf_counter()
+                out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                seconds.append(time.perf_counter() - start)
+        return prefill, seconds
+
+
+class LlamaCpp:
+    """llama.cpp through llama_cpp's low-level interface: its own defaults but for threads, sizes and extra buffers.
+
+    Extra buffers hold repacked weights; on x86, Q8_0 has a repacked form for AMX only. docs/decisions.md says why they
+    are off unless asked for.
+    """
+
+    CONTEXT = 1024
+    BATCH = 512
+
+    def __init__(self, file: Path, vocab_size: int, threads: int, extra_buffers: bool) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        self.vocab_size = vocab_size
+        self.threads = threads
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = extra_buffers
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(file), params)
+        if not self.model:
+            raise SystemExit(f"{file}: expected a GGUF file that llama.cpp loads, found none")
+        self.weight_bytes = llama_cpp.llama_model_size(self.model)
+        self.contexts: dict[int, tuple[Any, Any]] = {}
+
+    def _context(self, sequences: int) -> tuple[Any, Any]:
+        """A context for that many sequences, its memory empty, and a batch to feed it with."""
+        api = self.api
+        if sequences not in self.contexts:
+            params = api.llama_context_default_params()
+            params.n_ctx = self.CONTEXT
+            params.n_batch = params.n_ubatch = self.BATCH
+            params.n_seq_max = sequences
+            params.n_threads = params.n_threads_batch = self.threads
+            context = api.llama_init_from_model(self.model, params)
+            if not context:
+                raise SystemExit(f"llama.cpp: expected a context of {self.CONTEXT} tokens, found no room for it")
+            self.contexts[sequences] = (context, api.llama_batch_init(self.BATCH, 0, 1))
+        context, batch = self.contexts[sequences]
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        return context, batch
+
+    def _step(self, context: Any, batch: Any, tokens: np.ndarray, at: int) -> np.ndarray:
+        """Greedy next tokens [B, 1] after int tokens [B, T] at positions from `at`, all in one batch."""
+        rows, width = tokens.shape
+        batch.n_tokens = rows * width
+        for i, token in enumerate(tokens.reshape(-1).tolist()):
+            batch.token[i] = token
+            batch.pos[i] = at + i % width
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = i // width
+            batch.logits[i] = i % width == width - 1
+        if self.api.llama_decode(context, batch) != 0:
+            raise SystemExit(f"llama.cpp: expected a step of {rows} x {width} tokens to run, found that it did not")
+        wanted = (self.api.llama_get_logits_ith(context, (row + 1) * width - 1) for row in range(rows))
+        return np.array([[np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax()] for logits in wanted])
+
+    def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        context, batch = self._context(len(prompt))
+        start = time.perf_counter()
+        token = self._step(context, batch, prompt, 0)
+        prefill = time.perf_counter() - start
+        seconds = []
+        for step in range(steps):
+            start = time.perf_counter()
+            token = self._step(context, batch, token, prompt.shape[1] + step)
+            seconds.append(time.perf_counter() - start)
+        return prefill, seconds
+
+
+def _serve(connection: Connection, file: Path, vocab_size: int, threads: int, extra_buffers: bool) -> None:
+    """The other process: sends the weights' bytes and what llama.cpp says of itself, then answers every prompt."""
+    side = LlamaCpp(file, vocab_size, threads, extra_buffers)
+    connection.send((side.weight_bytes, side.api.llama_print_system_info().decode()))
+    with contextlib.suppress(EOFError):  # the end of the comparison
+        while True:
+            connection.send(side.run(*connection.recv()))
+
+
+class LlamaProcess:
+    """`LlamaCpp` in a process of its own.
+
+    In one process with XLA and oneDNN its AMX products die of an illegal instruction: it configures the tiles once per
+    thread, and others that use the thread do not leave them so.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        context.Process(target=_serve, args=(other, *arguments), daemon=True).start()
+        other.close()
+        self.weight_bytes, self.system = self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise SystemExit("llama.cpp: expected an answer, found that its process has ended") from None
+
+    def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
+        self.connection.send((prompt, steps))
+        return self._receive()
+
+
+def sides(folder: Path, options: argparse.Namespace) -> tuple[Config, dict[str, Side]]:
+    """The chosen columns, loaded; those that hold the same weights share them."""
+
+    @cache
+    def params(weights: str) -> Tree:
+        return load(folder, weights=weights)[1]
+
+    config = load_config(folder)
+    built: dict[str, Side] = {}
+    for name in options.columns:
+        print(f"loading {name}", file=sys.stderr)
+        if name in DSJAX:
+            weights, dtype = DSJAX[name]
+            built[name] = Dsjax(config, params(weights), dtype)
+        elif name in HUGGING_FACE:
+            dtype = HUGGING_FACE[name]
+            built[name] = HuggingFace(folder, config, params(dtype), dtype, options.hf_experts)
+        else:
+            built[name] = LlamaProcess(options.gguf, config.vocab_size, options.threads, LLAMA[name])
+    return config, built
+
+
+Rounds = dict[str, dict[str, list[float]]]
+"""Seconds of every counted round, by column and case."""
+
+
+def measure(built: dict[str, Side], config: Config, options: argparse.Namespace) -> Rounds:
+    """Runs all rounds; the first warms up and is not counted."""
+    random = np.random.default_rng(0)
+    cases = {name: CASES[name] for name in options.cases}
+    prompts = {
+        name: random.integers(0, config.vocab_size, (case.batch, case.prompt_length)) for name, case in cases.items()
+    }
+    seconds: Rounds = {column: {case: [] for case in cases} for column in built}
+    names = list(built)
+    for round_ in range(options.rounds + 1):
+        print(f"round {round_} of {options.rounds}" if round_ else "warming up", file=sys.stderr)
+        first = round_ % len(names)
+        for case_name, case in cases.items():
+            for column in names[first:] + names[:first]:
+                prefill, steps = built[column].run(prompts[case_name], options.new_tokens if case.decode else 0)
+                if round_ > 0:
+                    seconds[column][case_name].append(statistics.median(steps) if case.decode else prefill)
+    return seconds
+
+
+def report(built: dict[str, Side], seconds: Rounds, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """(the Markdown table, the same and every round's seconds as one JSON object)."""
+    rates = {
+        column: {case: CASES[case].tokens / statistics.median(times) for case, times in by_case.items()}
+        for column, by_case in seconds.items()
+    }
+    baseline = rates.get(BASELINE)
+    lines = ["| tokens/s | " + " | ".join(HEADINGS[column] for column in built) + " |", "|---" * (len(built) + 1) + "|"]
+    for case in options.cases:
+        cells = []
+        for column in built:
+            ratio = f" ({rates[column][case] / baseline[case]:.2f}x)" if baseline and column != BASELINE else ""
+            cells.append(f"{rates[column][case]:.1f}{ratio}")
+        lines.append(f"| {CASES[case].heading} | " + " | ".join(cells) + " |")
+    lines.append("| weights in memory | " + " | ".join(f"{s.weight_bytes / 1e9:.2f} GB" for s in built.values()) + " |")
+    columns = {
+        column: {
+            "weight_bytes": side.weight_bytes,
+            "tokens_per_s": rates[column],
+            "ratio": {case: rates[column][case] / baseline[case] for case in rates[column]} if baseline else None,
+            "seconds": seconds[column],
+        }
+        for column, side in built.items()
+    }
+    result: dict[str, Any] = {"rounds": options.rounds, "new_tokens": options.new_tokens, "threads": options.threads}
+    result["versions"] = {"jax": version("jax")}
+    for column, side in built.items():
+        if isinstance(side, HuggingFace):
+            result["versions"] |= {"torch": version("torch"), "transformers": version("transformers")}
+            columns[column]["experts"] = side.experts
+        elif isinstance(side, LlamaProcess):
+            result["versions"]["llama_cpp_python"] = version("llama_cpp_python")
+            columns[column]["system"] = side.system
+    return "\n".join(lines), {**result, "columns": columns}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    columns = [*DSJAX, *HUGGING_FACE, *LLAMA]
+
+    def some_of(choices: list[str]) -> Any:
+        def parse(text: str) -> list[str]:
+            chosen = text.split(",")
+            bad = [name for name in chosen if name not in choices]
+            if bad or len(set(chosen)) < len(chosen):
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, each once, found {text}")
+            return chosen
+
+        return parse
+
+    parser.add_argument("--columns", type=some_of(columns), help=f"some of {','.join(columns)}")
+    parser.add_argument("--cases", type=some_of(list(CASES)), default=list(CASES), help=f"some of {','.join(CASES)}")
+    parser.add_argument("--hf-float32", action="store_true", help="also Hugging Face in float32 (3.4 GB more)")
+    parser.add_argument("--hf-experts", help="Hugging Face's experts_implementation; its own choice by default")
+    parser.add_argument("--gguf", type=Path, help="the model for llama.cpp, from make_bench_gguf.py")
+    parser.add_argument("--new-tokens", type=int, default=24, help="decode steps in a round (default 24, at most 96)")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
+    parser.add_argument("--model", type=Path, help="a checkpoint of the bench geometry; made there if there is none")
+    options = parser.parse_args()
+    if options.rounds < 1 or not 1 <= options.new_tokens <= 96:
+        parser.error("expected at least 1 round and 1 to 96 new tokens")
+    if options.columns is None:
+        options.columns = [name for name in DSJAX if name != "dsjax-all-float32"] + [BASELINE]
+        options.columns += ["hf-float32"] * options.hf_float32 + ["llama-q8"] * (options.gguf is not None)
+    if any(name in LLAMA for name in options.columns):
+        if options.gguf is None or not options.gguf.is_file():
+            parser.error("llama.cpp: expected --gguf FILE, found no such file; make_bench_gguf.py makes one")
+        if importlib.util.find_spec("llama_cpp") is None:
+            parser.error("llama.cpp: expected the package llama_cpp, found none; pip install llama-cpp-python")
+    options.threads = os.cpu_count() or 1
+    return options
 
 
 def main() -> None:
-    """Runs the comparison and prints a table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt-length", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", type=Path, help="a checkpoint of the bench geometry; made if not given")
-    options = parser.parse_args()
-    torch.set_num_threads(2)
+    """Runs the comparison; prints a table and, as the last line, one JSON object."""
+    options = _options()
+    if any(name in HUGGING_FACE for name in options.columns):
+        import torch
+
+        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or Path(scratch) / "bench"
-        if not folder.exists():
-            synthesise(folder, synth_config("deepseek-v3", settings=BENCH_GEOMETRY))
-        config, params, _ = load(folder)
-        engine = Engine(config, params, Numerics("plain", "bfloat16"))
-        reference = hugging_face(config)
-        prompt = np.random.default_rng(0).integers(0, config.vocab_size, (options.batch, options.prompt_length))
-        times: dict[str, tuple[list[float], list[float]]] = {"dsjax": ([], []), "hf": ([], [])}
-        for round_ in range(options.rounds + 1):
-            timing = engine.generate(prompt.tolist(), options.new_tokens + 1)[1]
-            prefill, steps = time_hugging_face(reference, prompt, options.new_tokens)
-            if round_ > 0:  # the first round warms up
-                for name, first, rest in (("dsjax", timing.ttft_s, timing.token_s), ("hf", prefill, steps)):
-                    times[name][0].append(first)
-                    times[name][1].append(statistics.median(rest))
-    result: dict[str, float] = {}
-    for name, (prefills, steps) in times.items():
-        result[f"{name}_prefill_tokens_per_s"] = options.batch * options.prompt_length / statistics.median(prefills)
-        result[f"{name}_decode_tokens_per_s"] = options.batch / statistics.median(steps)
-    for what in ("prefill", "decode"):
-        ours, theirs = (result[f"{name}_{what}_tokens_per_s"] for name in ("dsjax", "hf"))
-        result[f"{what}_ratio"] = ours / theirs
-        print(
-            f"{what:8} dsjax FP8 {ours:7.1f} tokens/s   Hugging Face bf16 {theirs:7.1f} tokens/s   {ours / theirs:.2f}x"
-        )
-    print(json.dumps({"batch": options.batch, "prompt_length": options.prompt_length, **result}))
+        config, built = sides(checkpoint(options.model or Path(scratch) / "bench"), options)
+        seconds = measure(built, config, options)
+    text, result = report(built, seconds, options)
+    print(text)
+    if options.rounds < ENOUGH_ROUNDS:
+        print(f"{options.rounds} rounds: for a number to be trusted, at least {ENOUGH_ROUNDS}", file=sys.stderr)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

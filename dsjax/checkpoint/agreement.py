@@ -98,10 +98,10 @@ def _finite(view: np.ndarray) -> bool:
 
 
 def _has_nan_code(view: np.ndarray) -> bool:
-    """Whether FP8 codes hold NaN, 0x7F or 0xFF. A search for one byte runs at memory speed."""
+    """Whether FP8 codes hold NaN, 0x7F or 0xFF: the only ones that are 0xFE without their sign, shifted to the top."""
     codes = view.view(np.uint8).reshape(-1)
-    parts = (codes[i : i + _CHUNK].tobytes() for i in range(0, codes.size, _CHUNK))
-    return any(b"\x7f" in part or b"\xff" in part for part in parts)
+    step = 1 << 18  # stays in a core's cache
+    return any(int((codes[i : i + step] << 1).max()) == 0xFE for i in range(0, codes.size, step))
 
 
 def check_values(files: Files, name: str) -> None:

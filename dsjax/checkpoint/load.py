@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -46,6 +47,7 @@ from dsjax.params import (
 from quant import QArray
 
 STAGING_BYTES = 64 << 20
+MAX_THREADS = 8
 
 ArraySharding = Callable[[Row, str], Sharding]
 """Where a leaf's "codes" or "scales" go."""
@@ -146,6 +148,7 @@ class _Loader:
         self.held = held
         self.stats = stats
         self.progress = progress
+        self.pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
         self.checked: set[str] = set()
         self.row_scales: dict[str, np.ndarray] = {}  # of the present leaf's tensors
 
@@ -168,14 +171,19 @@ class _Loader:
         lead = len(row.stacking)
         inner = tuple(slice(a, b) for a, b in region[lead:])
         converted = self.held[row.path] != self.stored[row.path]
-        for offset in np.ndindex(out.shape[:lead]):
+
+        def tensor(offset: tuple[int, ...]) -> None:
             index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
             if converted:
                 self._convert(row, row.tensor_name(index), part, inner, out[offset])
-                continue
+                return
             name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
             out[offset] = self._view(name, out.dtype, part)[inner]
             self.files.release(name)
+
+        # NumPy lets other threads run while it copies; what costs is often the kernel, finding fresh memory.
+        for _ in self.pool.map(tensor, np.ndindex(out.shape[:lead])):
+            pass
         self.stats.bytes += out.nbytes
         self.progress.update(out.nbytes)
 
@@ -320,5 +328,6 @@ def load(
         total = tree_bytes(abstract_params(config, mtp=mtp, stored=stored, weights=weights))
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
             loader = _Loader(files, config, stored, held, stats, bar, in_place)
-            tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, where))
+            with loader.pool:
+                tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, where))
     return config, tree, stats
