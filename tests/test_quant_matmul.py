@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsjax.backend import compiler_options
-from quant.formats import BF16, E2M1, E4M3, E5M2, F16, INT4, INT8, Format
+from quant.formats import BF16, E2M1, E4M3, E5M2, F16, INT4, INT8, Format, round_to_bfloat16
 from quant.grouped import Groups, group_size, group_tokens, grouped_matmul
 from quant.matmul import (
     FUSED_TOKENS,
@@ -75,6 +75,21 @@ def assert_close(got: Any, want: np.ndarray, bound: float = BOUND) -> None:
     assert got.shape == want.shape and got.dtype == jnp.float32
     error = np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
     assert error <= bound, f"error {error:.2e} of the largest output"
+
+
+def bfloat16_weights(numbers: np.ndarray) -> np.ndarray:
+    """float64 numbers rounded to float32, then to bfloat16 with halves away from zero, by adding half a unit."""
+    bits = np.float32(numbers).view(np.uint32) + np.uint32(0x8000)
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+
+
+def test_round_to_bfloat16() -> None:
+    """Every midpoint goes away from zero, its neighbours to the nearer side, bfloat16 numbers stay."""
+    codes = np.arange(1 << 16, dtype=np.uint32) << 16
+    codes = codes[np.isfinite(codes.view(np.float32)) & ((codes & 0x7FFFFFFF) < 0x7F7F0000)]
+    for low, up in ((0, 0), (0x7FFF, 0), (0x8000, 1), (0x8001, 1), (0xFFFF, 1)):
+        got = np.asarray(round_to_bfloat16(jnp.asarray((codes + np.uint32(low)).view(np.float32)))).view(np.uint16)
+        np.testing.assert_array_equal(got, (codes >> 16) + up)
 
 
 # --- block_scaled_dot -----------------------------------------------------------------------------------------------
@@ -179,7 +194,7 @@ def test_bfloat16_activations_take_bfloat16_weights_beyond_few_tokens(fmt: Forma
     w, numbers = random_weight(rng, (2, 333, 512), fmt, (64, 64), False)
     x = jnp.asarray(rng.normal(size=(tokens, 512)), jnp.bfloat16)
     if tokens > FUSED_TOKENS:
-        numbers = np.float32(numbers).astype(ml_dtypes.bfloat16).astype(np.float64)
+        numbers = bfloat16_weights(numbers)
     got = dot(x, w, (1,))
     assert_close(got, np.asarray(x, np.float64) @ numbers[1].T)
 
@@ -208,7 +223,7 @@ def test_transposed_tile_dot(fmt: Format, n: int, k: int, block: Block, tokens: 
         assert_close(jax.jit(transposed_tile_dot)(w, x), np.einsum("htn,hnk->htk", x.astype(np.float64), numbers))
         half = jnp.asarray(x, jnp.bfloat16)
         if tokens > FUSED_TOKENS:
-            numbers = np.float32(numbers).astype(ml_dtypes.bfloat16).astype(np.float64)
+            numbers = bfloat16_weights(numbers)
         want = np.einsum("htn,hnk->htk", np.asarray(half, np.float64), numbers)
         assert_close(jax.jit(transposed_tile_dot)(w, half), want)
 

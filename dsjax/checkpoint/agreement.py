@@ -104,13 +104,17 @@ def _has_nan_code(view: np.ndarray) -> bool:
     return any(int((codes[i : i + step] << 1).max()) == 0xFE for i in range(0, codes.size, step))
 
 
-def check_values(files: Files, name: str) -> None:
+def check_values(files: Files, name: str, view: np.ndarray | None = None) -> None:
     """Refuses NaN codes, and scales or floats that are not finite.
+
+    Args:
+      files, name: which tensor.
+      view: its bytes, where they have been read already.
 
     Raises:
       InputError: naming file and tensor.
     """
-    view = files.read(name)
+    view = files.read(name) if view is None else view.reshape(-1).view(files[name].dtype)
     if view.dtype == _FP8:
         bad, expected, found = _has_nan_code(view), "no NaN code", "0x7F or 0xFF"
     elif view.dtype in (_E8M0, np.dtype(np.uint8)):

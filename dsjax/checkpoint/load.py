@@ -178,7 +178,12 @@ class _Loader:
                 self._convert(row, row.tensor_name(index), part, inner, out[offset])
                 return
             name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
-            out[offset] = self._view(name, out.dtype, part)[inner]
+            into, found = out[offset], self.files[name]
+            if into.nbytes == found.nbytes and into.dtype.itemsize == found.dtype.itemsize and into.flags.c_contiguous:
+                self.files.read_into(name, into)
+                check_values(self.files, name, into)
+                return
+            into[...] = self._view(name, out.dtype, part)[inner]
             self.files.release(name)
 
         # NumPy lets other threads run while it copies; what costs is often the kernel, finding fresh memory.

@@ -15,6 +15,7 @@ import mmap
 import os
 import reprlib
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class Files(Mapping[str, Tensor]):
         self._folder = folder
         self._tensors = dict(tensors)
         self._maps: dict[Path, mmap.mmap] | None = {}
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -151,6 +154,29 @@ class Files(Mapping[str, Tensor]):
             raise _bad_tensor(path, name, f"{tensor.nbytes} bytes", f"{raw.size}: the file shrank since it was opened")
         return raw.view(tensor.dtype).reshape(tensor.shape)
 
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Fills `out`, contiguous and as large as the tensor, with its bytes: one copy, and no mapping to page in.
+
+        Raises:
+            InputError: the shard cannot be opened or read, or shrank since it was opened.
+        """
+        tensor = self._tensors[name]
+        rest = memoryview(out.reshape(-1).view(np.uint8))
+        if not hasattr(os, "preadv"):
+            rest[:] = memoryview(self.read(name).reshape(-1).view(np.uint8))
+            return
+        with self._lock:
+            if tensor.path not in self._descriptors:
+                with _open_regular(tensor.path) as (file, _):
+                    self._descriptors[tensor.path] = os.dup(file.fileno())
+        while len(rest):
+            with _os_errors(tensor.path):
+                count = os.preadv(self._descriptors[tensor.path], [rest], tensor.offset + tensor.nbytes - len(rest))
+            if count == 0:
+                found = f"{tensor.nbytes - len(rest)}: the file shrank since it was opened"
+                raise _bad_tensor(tensor.path, name, f"{tensor.nbytes} bytes", found)
+            rest = rest[count:]
+
     def release(self, name: str) -> None:
         """Let go of the memory pages that reading this tensor made resident; views stay valid and would read again."""
         tensor = self._tensors[name]
@@ -162,6 +188,8 @@ class Files(Mapping[str, Tensor]):
     def close(self) -> None:
         """Forget the mappings. One that still has views is unmapped with the last of them."""
         self._maps = None
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
     def __enter__(self) -> Self:
         return self
