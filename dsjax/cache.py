@@ -73,6 +73,14 @@ def init_cache(config: Config, batch: int, max_length: int, dtype: str, *, layer
     return Cache(latent, jnp.zeros(batch, jnp.int32))
 
 
+def key_block(capacity: int) -> int:
+    """Positions that attention reads at a time; divides the capacity.
+
+    Never all of it: XLA:CPU takes a slice of everything for the array itself and then copies it before each update.
+    """
+    return min(KEY_BLOCK, capacity // 2)
+
+
 def write(
     latent: Latent,
     layer: Any,
@@ -98,14 +106,14 @@ def write(
 
 
 def read_block(latent: Latent, layer: Any, block: Any, filled: Int32[Array, " B"]) -> Float[Array, "B keys A"]:
-    """Rows of one layer from position block * KEY_BLOCK on, KEY_BLOCK of them or all, in the cache's dtype.
+    """Rows of one layer from position block * keys on, keys = `key_block(capacity)`, in the cache's dtype.
 
     Rows at or beyond `filled` are zero: a masked key's probability is zero, but zero times a stale NaN is NaN.
     """
     _, batch, capacity, width = latent.shape
-    size = min(capacity, KEY_BLOCK)
+    size = key_block(capacity)
     rows = lax.dynamic_slice(latent, (layer, 0, block * size, 0), (1, batch, size, width))[0]
-    positions = block * KEY_BLOCK + jnp.arange(size)
+    positions = block * size + jnp.arange(size)
     rows = jnp.where((positions < filled[:, None])[..., None], rows, jnp.zeros((), rows.dtype))
     return lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 

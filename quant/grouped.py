@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from quant.matmul import FUSED_TOKENS, Index, Weight, block_scaled_dot, tile_dot, tile_elements
 from quant.qarray import QArray
@@ -112,7 +112,7 @@ def experts_at_once(groups: Groups, w: Weight, dtype: Any) -> int:
 
 def grouped_map(
     f: Callable[[jax.Array, jax.Array], jax.Array], x: Float[Array, "T K"], groups: Groups, at_once: int
-) -> Float[Array, "rows N"]:
+) -> Shaped[Array, "rows N"]:
     """Applies f to the blocks that hold work, `at_once` blocks at a time.
 
     Work grows with the routed tokens, not with the number of experts.

@@ -3,7 +3,7 @@
 
 Runs a checkpoint's compiled step under JAX's profiler (XLA:CPU), adds up the time of every operation by the scope that
 it was traced in, and prints a markdown table: time, share, weight bytes, and their rate. Scopes are set in the model
-(`jax.named_scope`); an operation made of several carries the name of its last one.
+(`jax.named_scope`); an operation fused of several counts for the scope that most of them have.
 
     .venv/bin/python scripts/profile_decode.py --model DIR [--context 128] [--batch 1] [--tokens 1] [--steps 20]
 """
@@ -46,11 +46,21 @@ PARTS = {  # leaf (last name, or last two) -> scope that reads it
 }
 
 
-def scope_of(name: str, text: str) -> str:
-    """The scope of an operation of the compiled program, by its metadata."""
-    found = re.search(rf"%?{re.escape(name)} = .*?op_name=\"([^\"]*)\"", text)
-    scopes = [part for part in found.group(1).split("/") if part in SCOPES] if found else []
-    return scopes[-1] if scopes else "other"
+def scopes_of(text: str) -> dict[str, str]:
+    """The scope of every operation of a compiled program: the one that most of what is fused in it was traced in."""
+    bodies = dict(re.findall(r"^%(\S+) .*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+
+    def found(lines: str) -> list[str]:
+        paths = re.findall(r'op_name="([^"]*)"', lines)
+        scopes = ([part for part in path.split("/") if part in SCOPES] for path in paths)
+        return [parts[-1] for parts in scopes if parts]
+
+    named = {}
+    for name, line in re.findall(r"^\s+(?:ROOT )?%(\S+) = (.*)$", text, re.MULTILINE):
+        fused = re.search(r"calls=%([\w.\-]+)", line)
+        scopes = found(bodies.get(fused.group(1), "") if fused else "") or found(line)
+        named[name] = Counter(scopes).most_common(1)[0][0] if scopes else "other"
+    return named
 
 
 def read_bytes(config: Config, params: Tree) -> Counter[str]:
@@ -85,10 +95,10 @@ def profile(path: Path, text: str, steps: int) -> Counter[str]:
             own[event.name] += event.duration_ns
             stack.append((event.start_ns + event.duration_ns, event.name))
     totals: Counter[str] = Counter()
+    scopes = scopes_of(text)
     for name, ns in own.items():
-        if "wait for completion" in name or ("::" not in name and f"{name} = " not in text):
-            continue
-        totals["runtime" if "::" in name else scope_of(name, text)] += ns / 1e6 / steps
+        if "wait for completion" not in name and ("::" in name or name in scopes):
+            totals[scopes.get(name, "runtime")] += ns / 1e6 / steps
     return totals
 
 

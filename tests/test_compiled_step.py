@@ -68,6 +68,16 @@ def test_the_cache_is_updated_in_place(kind: str, tokens: int) -> None:
     assert temporary[0] == temporary[1]
 
 
+@pytest.mark.parametrize("max_length", [20, 100, 240, 600])
+def test_no_step_copies_the_cache(max_length: int) -> None:
+    """Nor at any small capacity, where one block of keys might be all of it."""
+    for tokens in (1, 16):
+        compiled, _ = _compiled("bfloat16", tokens, max_length)
+        shape = jax.eval_shape(partial(init_cache, CONFIG, 1, max_length, "bfloat16")).latent.shape
+        copies = re.findall(rf"= u16\[{','.join(map(str, shape))}\]\S* copy\(", compiled.as_text())
+        assert copies == []
+
+
 def _activation_bytes(tokens: int) -> int:
     """A bound on what lives at once besides weights' tiles, every value counted as float32, one slot.
 

@@ -98,10 +98,11 @@ def _finite(view: np.ndarray) -> bool:
 
 
 def _has_nan_code(view: np.ndarray) -> bool:
-    """Whether FP8 codes hold NaN, 0x7F or 0xFF: the only ones that are 0xFE without their sign, shifted to the top."""
+    """Whether FP8 codes hold NaN: 0xFF, the largest unsigned byte, or 0x7F, the largest signed one."""
     codes = view.view(np.uint8).reshape(-1)
     step = 1 << 18  # stays in a core's cache
-    return any(int((codes[i : i + step] << 1).max()) == 0xFE for i in range(0, codes.size, step))
+    parts = (codes[i : i + step] for i in range(0, codes.size, step))
+    return any(int(part.max()) == 0xFF or int(part.view(np.int8).max()) == 0x7F for part in parts)
 
 
 def check_values(files: Files, name: str, view: np.ndarray | None = None) -> None:

@@ -148,7 +148,8 @@ class _Loader:
         self.held = held
         self.stats = stats
         self.progress = progress
-        self.pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+        self.threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.threads)
         self.checked: set[str] = set()
         self.row_scales: dict[str, np.ndarray] = {}  # of the present leaf's tensors
 
@@ -186,8 +187,13 @@ class _Loader:
             into[...] = self._view(name, out.dtype, part)[inner]
             self.files.release(name)
 
-        # NumPy lets other threads run while it copies; what costs is often the kernel, finding fresh memory.
-        for _ in self.pool.map(tensor, np.ndindex(out.shape[:lead])):
+        def share(offsets: list[tuple[int, ...]]) -> None:
+            for offset in offsets:
+                tensor(offset)
+
+        # Reading and copying let other threads run; what costs is often the kernel, finding fresh memory.
+        offsets = list(np.ndindex(out.shape[:lead]))
+        for _ in self.pool.map(share, [offsets[i :: self.threads] for i in range(self.threads)]):
             pass
         self.stats.bytes += out.nbytes
         self.progress.update(out.nbytes)

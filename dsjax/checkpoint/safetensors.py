@@ -161,9 +161,9 @@ class Files(Mapping[str, Tensor]):
             InputError: the shard cannot be opened or read, or shrank since it was opened.
         """
         tensor = self._tensors[name]
-        rest = memoryview(out.reshape(-1).view(np.uint8))
+        rest = out.reshape(-1).view(np.uint8).data
         if not hasattr(os, "preadv"):
-            rest[:] = memoryview(self.read(name).reshape(-1).view(np.uint8))
+            rest[:] = self.read(name).reshape(-1).view(np.uint8).data
             return
         with self._lock:
             if tensor.path not in self._descriptors:

@@ -1,7 +1,7 @@
 """Multi-head latent attention over a latent cache, in its absorbed and naive forms.
 
-Both read the cache KEY_BLOCK positions at a time and never hold scores for more, so temporary memory does not grow
-with the cache's capacity, and work grows with the tokens present.
+Both read the cache a block of positions at a time (`key_block`) and never hold scores for more, so temporary memory
+does not grow with the cache's capacity, and work grows with the tokens present.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsjax.cache import KEY_BLOCK, Latent, read_block, write
+from dsjax.cache import Latent, key_block, read_block, write
 from dsjax.config import Config
 from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import RopeTable, rope
@@ -48,6 +48,7 @@ def attend(
     value: Callable[[jax.Array, Keys], jax.Array],
     positions: Int32[Array, "B T"],
     blocks: Int32[Array, ""],
+    block: int,
     heads: int,
     width: int,
     numerics: Numerics,
@@ -64,6 +65,7 @@ def attend(
       value: (probabilities [B, H, queries, keys], keys) -> float32 [B, H, queries, width].
       positions: int32 [B, T] of the queries, consecutive; every query sees a key of block 0.
       blocks: int32 [], number of key blocks to visit, at least one.
+      block: keys in one.
       heads, width: H, and of a value.
     """
     b, t = positions.shape
@@ -73,7 +75,7 @@ def attend(
     def scores(keys: Keys, j: Any, first: Any) -> jax.Array:
         s = score(keys, first, size)
         query = start + first + jnp.arange(size)
-        key = j * KEY_BLOCK + jnp.arange(s.shape[-1])
+        key = j * block + jnp.arange(block)
         return jnp.where((key <= query[..., None])[:, None], s, -jnp.inf)
 
     def over_queries(j: Any, keys: Keys, f: Callable[..., Any], state: Any) -> Any:
@@ -87,7 +89,7 @@ def attend(
             return [lax.dynamic_update_slice_in_dim(a, p, i * size, axis=2) for a, p in zip(state, part, strict=True)]
 
         # Queries before the block's first key see none of it.
-        first = jnp.clip((j * KEY_BLOCK - start.max()) // size, 0, t // size)
+        first = jnp.clip((j * block - start.max()) // size, 0, t // size)
         return lax.fori_loop(first, t // size, one, state)
 
     def advance(s: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -215,7 +217,7 @@ def absorbed_attention(
     def value(p: jax.Array, keys: jax.Array) -> jax.Array:
         return _einsum("bhts,bsc->bhtc", p, keys[..., :c])
 
-    context = numerics.round(attend(load, score, value, positions, blocks, h, c, numerics))
+    context = numerics.round(attend(load, score, value, positions, blocks, key_block(latent.shape[2]), h, c, numerics))
     return over_heads(tile_dot, context, n, u)
 
 
@@ -254,7 +256,7 @@ def naive_attention(
     def value(p: jax.Array, keys: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _einsum("bhts,bshu->bhtu", p, keys[1])
 
-    return numerics.round(attend(load, score, value, positions, blocks, h, u, numerics))
+    return numerics.round(attend(load, score, value, positions, blocks, key_block(latent.shape[2]), h, u, numerics))
 
 
 def choose_form(tokens: int, config: Config, numerics: Numerics) -> str:

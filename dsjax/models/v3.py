@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dsjax.cache import KEY_BLOCK, Cache
+from dsjax.cache import Cache, key_block
 from dsjax.config import Config
 from dsjax.layers.attention import Attention
 from dsjax.layers.ffn import MoE, SwiGLU
@@ -39,11 +39,11 @@ class _Call:
 def _call(config: Config, cache: Cache, tokens: int, n_new: jax.Array) -> _Call:
     offsets = jnp.arange(tokens, dtype=jnp.int32)
     positions = cache.length[:, None] + offsets
-    filled = jnp.max(cache.length + n_new)
+    filled, keys = jnp.max(cache.length + n_new), key_block(cache.capacity)
     return _Call(
         positions=positions,
         valid=offsets < n_new[:, None],
-        blocks=jnp.maximum(1, (filled + KEY_BLOCK - 1) // KEY_BLOCK).astype(jnp.int32),
+        blocks=jnp.maximum(1, (filled + keys - 1) // keys).astype(jnp.int32),
         table=rope_table(config, positions),
     )
 
