@@ -17,16 +17,23 @@ _CPU_OPTIONS: dict[str, Any] = {
 
 
 @lru_cache
-def _accepted(backend: str) -> bool:
-    try:
-        jax.jit(lambda: 0).lower().compile(_CPU_OPTIONS)
-    except jax.errors.JaxRuntimeError:
-        return False
+def _accepted(name: str, value: Any) -> bool:
+    """Whether this version of XLA:CPU knows the option."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        try:
+            jax.jit(lambda: 0).lower().compile({name: value})
+        except jax.errors.JaxRuntimeError:
+            return False
     return True
 
 
-def compiler_options() -> dict[str, Any]:
-    """Options for `jax.jit(..., compiler_options=)` and `Lowered.compile()`; none but for XLA:CPU, and none there if
-    this version of it does not know them. They change speed and temporary memory, not results' meaning."""
-    backend = jax.default_backend()
-    return dict(_CPU_OPTIONS) if backend == "cpu" and _accepted(backend) else {}
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Options for `jax.jit(..., compiler_options=)` and `Lowered.compile()`.
+
+    They change speed and temporary memory, not the meaning of results. None but for XLA:CPU, and there those that this
+    version of it knows.
+
+    Args:
+      platform: of the devices that will run the program, as `jax.Device.platform` says.
+    """
+    return {k: v for k, v in _CPU_OPTIONS.items() if _accepted(k, v)} if platform == "cpu" else {}

@@ -72,7 +72,7 @@ def memory_bandwidth(device: jax.Device, repeats: int = 9) -> tuple[float, float
     x = jax.block_until_ready(jax.device_put(host, device, may_alias=True))
     nbytes = host.nbytes
     del host
-    options = compiler_options()
+    options = compiler_options(device.platform)
     read_s = []
     for function in (_sum, _or):
         read = jax.jit(function).lower(x).compile(options)

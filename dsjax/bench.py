@@ -76,7 +76,7 @@ def bench(
 
     Raises:
       InputError: before anything is loaded, if the model has fewer positions than prompt_length + new_tokens, if
-        `weights` does not go with `numerics`, or if `soak_steps` are asked for with 1 new token.
+        `weights` does not go with `numerics`, or for fewer `soak_steps` than two passes.
     """
     config = load_config(folder)
     numerics = numerics.for_checkpoint(config, weights)
@@ -86,7 +86,7 @@ def bench(
             f"--prompt-length {prompt_length} and --new-tokens {new_tokens}: expected at most {positions} together"
         )
     if soak_steps:
-        check_soak(new_tokens)
+        check_soak(soak_steps, new_tokens)
     files = weight_files(folder)
     held = tree_bytes(abstract_params(config, weights=weights))
     nbytes = max(1, min(warm_up(files), held, SAMPLE_BYTES))

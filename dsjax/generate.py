@@ -117,8 +117,9 @@ class Engine:
         self.numerics = numerics
         self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
         self._compiled: dict[Any, Any] = {}
+        self.compiler_options = compiler_options(next(iter(jax.tree.leaves(params)[0].devices())).platform)
         self._scoring = tuple(
-            jax.jit(partial(f, config, numerics, want="all"), donate_argnums=1, compiler_options=compiler_options())
+            jax.jit(partial(f, config, numerics, want="all"), donate_argnums=1, compiler_options=self.compiler_options)
             for f in (v3.step, v3.draft)
         )
 
@@ -139,7 +140,7 @@ class Engine:
             new = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
             random_key = jax.eval_shape(lambda: jax.random.key(0))
             lowered = function.lower(self.params, cache, new, row, random_key, row)
-            self._compiled[key] = lowered.compile(compiler_options())
+            self._compiled[key] = lowered.compile(self.compiler_options)
         return self._compiled[key]
 
     def generate(

@@ -17,14 +17,16 @@ MAX_GROWTH_BYTES = 64 << 20
 pass, whatever the model; a leak grows with the steps, and a run that is long enough to ask for passes any bound."""
 
 
-def check_soak(new_tokens: int) -> None:
-    """Refuses passes without a decode step.
+def check_soak(steps: int, new_tokens: int) -> None:
+    """Refuses passes without a decode step, and fewer than two passes, which would say nothing of memory.
 
     Raises:
       InputError: naming the flags.
     """
     if new_tokens < 2:
         raise InputError(f"--soak: expected --new-tokens of at least 2, found {new_tokens}")
+    if steps < 2 * (new_tokens - 1):
+        raise InputError(f"--soak: expected at least two passes, {2 * (new_tokens - 1)} steps, found {steps}")
 
 
 def soak(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, steps: int) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def soak(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, step
       engine: the model.
       prompts: ids, none empty.
       new_tokens: per prompt and pass, 2 at least.
-      steps: decode steps in total, 1 at least.
+      steps: decode steps in total, two passes at least.
 
     Returns:
       steps, passes: counted.
@@ -49,9 +51,9 @@ def soak(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, step
       passed: identical, and no growth above the bound.
 
     Raises:
-      InputError: for fewer than 2 new tokens, which take no decode step.
+      InputError: for fewer than 2 new tokens, which take no decode step, or fewer than two passes.
     """
-    check_soak(new_tokens)
+    check_soak(steps, new_tokens)
     length = max(len(p) for p in prompts) + new_tokens
     reference = [output.ids for output in engine.generate(prompts, new_tokens, max_length=length)[0]]
     step_s = np.full(steps, np.nan)  # written now, so that its pages do not count as growth

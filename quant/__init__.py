@@ -21,7 +21,7 @@ from quant.matmul import (
     tile_rows,
     transposed_tile_dot,
 )
-from quant.qarray import WHOLE, QArray, dequantise, retile
+from quant.qarray import WHOLE, QArray, dequantise, look_up, retile
 from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "group_tokens",
     "grouped_map",
     "grouped_matmul",
+    "look_up",
     "quantise",
     "reference_block_scaled_dot",
     "reference_dot",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,8 @@ MAX_GROUP_ROWS = 128
 class Groups:
     """Assignments (token, choice) sorted by expert into blocks of `size` rows, each block of one expert.
 
-    P = T * k assignments, G blocks (a static bound; only the first `used` hold work).
+    P = T * k assignments, G blocks (a static bound; only the first `used` hold work). A single token's assignments in
+    blocks of one row stay in the order of its choices.
 
     Attributes:
       token: int32 [G * size], the token in each row, T where the row is empty.
@@ -60,12 +61,12 @@ def group_tokens(choices: Int32[Array, "T k"], experts: int, valid: Bool[Array, 
     Args:
       choices: int32 [T, k], expert of each assignment.
       experts: E.
-      valid: bool [T]; assignments of invalid tokens (padding) get no row and cost no work.
+      valid: bool [T]; assignments of invalid tokens (padding) get no row.
       size: rows per block.
     """
     t, k = choices.shape
     p = t * k
-    if p == k and size == 1:  # one token: its choices are distinct blocks as they come
+    if t == 1 and size == 1:  # one token: its choices are distinct blocks as they come
         token = jnp.where(valid, 0, 1).astype(jnp.int32)
         place = jnp.where(valid[:, None], jnp.arange(k, dtype=jnp.int32)[None], k)
         return Groups(jnp.tile(token, k), place, choices[0], jnp.where(valid[0], k, 0).astype(jnp.int32), 1)
@@ -102,11 +103,11 @@ def expert_dot(
     return tile_dot(tile, x)
 
 
-def experts_at_once(groups: Groups, w: Weight, dtype: Any) -> int:
-    """Blocks that one `expert_dot` takes: as many matrices as fit a tile, and no more than there are blocks."""
-    n, k = w.shape[-2:]
+def experts_at_once(groups: Groups, matrices: Sequence[Weight], dtype: Any) -> int:
+    """Blocks that one `expert_dot` takes: as many of the largest matrix as fit a tile, at most all of them."""
     blocks = groups.expert.shape[0]
-    trips = -(-blocks // max(1, tile_elements((n, k), w, groups.size, dtype) // (n * k)))
+    fit = min(tile_elements(w.shape[-2:], w, groups.size, dtype) // math.prod(w.shape[-2:]) for w in matrices)
+    trips = -(-blocks // max(1, fit))
     return -(-blocks // trips)
 
 
@@ -181,5 +182,5 @@ def grouped_matmul(x: Float[Array, "T K"], w: Weight, groups: Groups, index: Ind
     Returns:
       float32 [>= G * size, N]; rows of unused blocks are zero.
     """
-    at_once = experts_at_once(groups, w, x.dtype)
+    at_once = experts_at_once(groups, [w], x.dtype)
     return grouped_map(lambda rows, experts: expert_dot(rows, w, experts, index), x, groups, at_once)

@@ -1,7 +1,7 @@
 """Matrix products with quantised weights: a form that reads like the formula, and two that never decode a weight whole.
 
-Few tokens (decode): *fused*. Decoding, product and sum are one loop over the stored bytes; no decoded weight is ever
-written to memory, so the step runs at the speed of reading its weights.
+Few tokens (decode): *fused*. Decoding, product and sum are one loop over the stored bytes; with the options of
+`dsjax.backend` XLA:CPU writes no decoded weight to memory.
 
 More tokens (prefill, large batches): *by tiles*. A tile of the weight is decoded, then multiplied by the backend's
 matrix product, in the activations' dtype: bfloat16 activations take the matrix units with bfloat16 operands and float32
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
-from quant.formats import E4M3, decode, decode_finite_e4m3, round_to_bfloat16, unpack
+from quant.formats import BF16, E4M3, F16, decode, decode_finite_e4m3, round_to_bfloat16, unpack
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 TILE_BYTES = 4 << 20
@@ -33,7 +33,8 @@ FUSED_TOKENS = 3
 """Up to this many tokens the fused form is used: it decodes once per token, which stays cheaper than memory traffic."""
 
 FUSED_ELEMENTS = 1 << 24
-"""Weights in one fused product; its partial sums take 1/16 of that in float32."""
+"""Weights in one fused product. Where a compiler does not fuse, its partial sums take 1/16 of that per token and more,
+in float32."""
 
 LANES = 32
 """Channels added side by side in the fused form: a multiple of any vector register's width."""
@@ -138,7 +139,7 @@ def fused_sum(products: jax.Array) -> jax.Array:
     return lax.optimization_barrier(partial_sums).sum(axis=(-2, -1))
 
 
-def _can_fuse(shape: tuple[int, ...], w: Weight, tokens: int) -> bool:
+def can_fuse(shape: tuple[int, ...], w: Weight, tokens: int) -> bool:
     """Whether a tile [..., N, K] of w takes the fused form."""
     n, k = shape[-2:]
     packed = isinstance(w, QArray) and w.format.packed
@@ -150,8 +151,8 @@ def _can_fuse(shape: tuple[int, ...], w: Weight, tokens: int) -> bool:
 
 
 def _takes_bfloat16(w: Weight, tokens: int, dtype: Any) -> bool:
-    """Whether a decoded tile is multiplied in bfloat16. Weights held in float32 were asked for in float32."""
-    return isinstance(w, QArray) and dtype == jnp.bfloat16 and tokens > FUSED_TOKENS
+    """Whether a decoded tile is multiplied in bfloat16. What is held in float32 or float16 has more bits than that."""
+    return isinstance(w, QArray) and w.format != F16 and dtype == jnp.bfloat16 and tokens > FUSED_TOKENS
 
 
 def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
@@ -189,7 +190,9 @@ def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
             spread = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (r, k)))
             values = values.reshape(*values.shape[:-2], r, n // r, k) * spread[..., None, :]
             values = values.reshape(*values.shape[:-3], n, k)
-        if bfloat16:
+        if bfloat16 and isinstance(tile, QArray) and tile.format == BF16:
+            values = lax.bitcast_convert_type(tile.codes, jnp.bfloat16)
+        elif bfloat16:
             values = round_to_bfloat16(values)
         y = y + jnp.einsum(
             "...tk,...nk->...tn",
@@ -205,7 +208,7 @@ def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
 
 def tile_dot(tile: Weight, x: Float[Array, "*lead T K"]) -> Float32[Array, "*lead T N"]:
     """x [*lead, T, K] with a tile [*lead, N, K]; the tile should be a slice, which is then read in place."""
-    return (_fused_dot if _can_fuse(tile.shape, tile, x.shape[-2]) else _decoded_dot)(tile, x)
+    return (_fused_dot if can_fuse(tile.shape, tile, x.shape[-2]) else _decoded_dot)(tile, x)
 
 
 def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[Array, "*lead T K"]:
@@ -241,7 +244,7 @@ def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[A
 
 def tile_elements(shape: tuple[int, ...], w: Weight, tokens: int, dtype: Any) -> int:
     """Weights to take at a time from a matrix of this shape for that many tokens of activations in `dtype`."""
-    if _can_fuse(shape, w, tokens):
+    if can_fuse(shape, w, tokens):
         return FUSED_ELEMENTS
     return TILE_BYTES // (2 if _takes_bfloat16(w, tokens, dtype) else 4)
 
@@ -254,7 +257,7 @@ def tile_rows(n: int, k: int, bn: int, limit: int) -> int:
     rows = min(n, max(8, limit // k))
     if rows == n:
         return n
-    rows = min(rows, MAX_TILE_ROWS) if limit < FUSED_ELEMENTS else rows
+    rows = rows if limit == FUSED_ELEMENTS else min(rows, MAX_TILE_ROWS)  # no limit for the fused form
     if rows >= bn:
         return rows - rows % bn
     rows = 1 << (rows.bit_length() - 1)

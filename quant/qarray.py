@@ -111,6 +111,16 @@ class QArray:
         )
 
 
+def look_up(q: QArray, rows: jax.Array) -> jax.Array:
+    """Rows of a matrix by their numbers: q [N, K], rows int [...] -> float32 [..., K]."""
+    codes = q.codes[rows]
+    values = decode(unpack(codes) if q.format.packed else codes, q.format)
+    if q.scales is None:
+        return values
+    scales = scale_values(q.scales)[rows // (q.block[0] or q.shape[-2])]
+    return values * expand_scales(scales[..., None, :], (1, q.block[1]), (1, values.shape[-1]))[..., 0, :]
+
+
 def scale_values(scales: jax.Array) -> jax.Array:
     """Scales as float32: decodes E8M0 codes (uint8), passes float32 through."""
     return decode(scales, E8M0) if scales.dtype == jnp.uint8 else scales

@@ -51,7 +51,7 @@ def _compiled(kind: str, tokens: int, max_length: int) -> tuple[Any, int]:
     cache = jax.eval_shape(partial(init_cache, CONFIG, 1, max_length, numerics.dtype))
     step = jax.jit(partial(v3.step, CONFIG, numerics), donate_argnums=1)
     new, row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    compiled = step.lower(abstract_params(CONFIG), cache, new, row).compile(compiler_options())
+    compiled = step.lower(abstract_params(CONFIG), cache, new, row).compile(compiler_options("cpu"))
     return compiled, sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
 
 

@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsjax.backend import compiler_options
+from dsjax.config import load_config
+from dsjax.params import VECTOR, abstract_leaf, matrix_shape, official_storage, resident, table
 from quant.formats import BF16, E2M1, E4M3, E5M2, F16, INT4, INT8, Format, round_to_bfloat16
-from quant.grouped import Groups, group_size, group_tokens, grouped_matmul
+from quant.grouped import Groups, expert_dot, group_size, group_tokens, grouped_map, grouped_matmul, ungroup
 from quant.matmul import (
     FUSED_TOKENS,
     block_scaled_dot,
+    can_fuse,
     reference_block_scaled_dot,
     reference_dot,
     transposed_tile_dot,
@@ -233,7 +236,7 @@ def test_the_fused_product_writes_no_decoded_weight() -> None:
     codes, scales = jax.ShapeDtypeStruct((3, 4096, 2048), jnp.uint8), jax.ShapeDtypeStruct((3, 32, 16), jnp.float32)
     w = QArray(codes, scales, E4M3, (128, 128))
     x, i = jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = jax.jit(lambda x, w, i: block_scaled_dot(x, w, (i,))).lower(x, w, i).compile(compiler_options())
+    compiled = jax.jit(lambda x, w, i: block_scaled_dot(x, w, (i,))).lower(x, w, i).compile(compiler_options("cpu"))
     assert compiled.memory_analysis().temp_size_in_bytes <= 4096 * 2048 * 4 // 16 + 32 * 2048 * 4 * 2
 
 
@@ -422,6 +425,47 @@ def test_grouped_matmul_equals_a_loop_over_tokens(kind: str, tokens: int, size: 
             want[token, slot] = numbers[1, chosen[token, slot]].astype(np.float64) @ x[token]
     assert_close(got, want)
     assert (np.asarray(out)[int(groups.used) * size :] == 0).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masked", ["none", "half", "all"])
+def test_grouped_map_in_several_trips(at_once: int, dtype: str, masked: str) -> None:
+    """Each trip stores the rows of the one before; NaN of masked tokens goes nowhere; unused rows stay zero."""
+    rng = np.random.default_rng(at_once)
+    tokens, choices, experts, n, k, size = 23, 3, 6, 70, 64, 4
+    w, numbers = random_weight(rng, (2, experts, n, k), E4M3, (32, 32), False)
+    valid = {"none": np.ones(tokens, bool), "half": np.arange(tokens) % 2 == 0, "all": np.zeros(tokens, bool)}[masked]
+    x = np.float32(rng.normal(size=(tokens, k)))
+    x[~valid] = np.nan
+    chosen = routing(rng, tokens, choices, experts)
+
+    @jax.jit
+    def layer(x: jax.Array, w: QArray) -> tuple[jax.Array, jax.Array, Groups]:
+        groups = group_tokens(jnp.asarray(chosen), experts, jnp.asarray(valid), size)
+        out = grouped_map(lambda rows, e: expert_dot(rows, w, e, (1,)).astype(dtype), x, groups, at_once)
+        return out, ungroup(out, groups), groups
+
+    out, got, groups = layer(x, w)
+    assert out.dtype == jnp.dtype(dtype) and -(-len(groups.expert) // at_once) > 2
+    want = np.zeros((tokens, choices, n))
+    for token, slot in np.ndindex(tokens, choices):
+        if valid[token]:
+            want[token, slot] = numbers[1, chosen[token, slot]].astype(np.float64) @ x[token]
+    bound = 2**-8 if dtype == "bfloat16" else BOUND
+    assert np.abs(np.asarray(got, np.float64) - want).max() <= bound * max(np.abs(want).max(), 1)
+    assert (np.asarray(out, np.float32)[int(groups.used) * size :] == 0).all()
+
+
+def test_every_official_matrix_takes_the_fused_form() -> None:
+    """Else decoding would be several times slower and no other test would tell."""
+    for preset in ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite"):
+        config = load_config(preset)
+        for row in table(config):
+            if row.storage != VECTOR:
+                for weights in ("stored", "int8", "bfloat16"):
+                    leaf = abstract_leaf(row, config, resident(row, official_storage(row, config), weights))
+                    assert can_fuse(matrix_shape(row, config), leaf, 1), (preset, row.path, weights)
 
 
 def test_grouped_matmul_of_no_valid_token_is_zero() -> None:

@@ -16,7 +16,7 @@ import pytest
 from jax import export
 
 from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, INT4, INT8, Format, decode, encode_e8m0_ceil
-from quant.qarray import WHOLE, QArray, dequantise, retile
+from quant.qarray import WHOLE, QArray, dequantise, look_up, retile
 from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
 
 Block = tuple[int, int]
@@ -583,3 +583,12 @@ def test_scale_decoding_is_the_e8m0_codec() -> None:
     q = stack(pow2=True)
     assert_bit_equal(decode(q.scales, E8M0), float_scales(q.scales))
     assert_bit_equal(decode(encode_e8m0_ceil(jnp.asarray(float_scales(q.scales))), E8M0), float_scales(q.scales))
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E2M1, INT8], ids=lambda f: f.name)
+@pytest.mark.parametrize("block", [(32, 32), (1, WHOLE), (WHOLE, 32)], ids=str)
+def test_look_up_is_rows_of_the_matrix(fmt: Format, block: Block) -> None:
+    """Scales and packing included."""
+    q = dataclasses.replace(stack(fmt, block), block=block)[1, 2]
+    rows = np.array([[0, 79, 33], [5, 5, 64]])
+    np.testing.assert_array_equal(look_up(q, jnp.asarray(rows)), numpy_dequantise(q)[rows])

@@ -3,7 +3,7 @@
 A stack of all layers' experts is hundreds of gigabytes, so no leaf is ever assembled beside the device. Each device's
 shard is allocated once and filled region by region; a region holds at most STAGING_BYTES, or one matrix row where a
 row is larger than that. A CPU device's memory is the host's: its shard is filled where it will stay, with no staging.
-A leaf held in another format is converted as its regions are filled (see `convert`).
+A leaf held in another format is converted as its regions are filled (see `resident`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import SCALE_SUFFIX, agree, check_copies, check_values
-from dsjax.checkpoint.convert import Source, fill
 from dsjax.checkpoint.manifest import leaf_parts, total_bytes
+from dsjax.checkpoint.resident import Source, fill
 from dsjax.checkpoint.safetensors import Files
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
@@ -171,12 +171,12 @@ class _Loader:
         """Copies one region of a leaf from the files into `out`, of the region's shape."""
         lead = len(row.stacking)
         inner = tuple(slice(a, b) for a, b in region[lead:])
-        converted = self.held[row.path] != self.stored[row.path]
+        as_stored = self.held[row.path] == self.stored[row.path]
 
         def tensor(offset: tuple[int, ...]) -> None:
             index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
-            if converted:
-                self._convert(row, row.tensor_name(index), part, inner, out[offset])
+            if not as_stored:
+                self._fill(row, row.tensor_name(index), part, inner, out[offset])
                 return
             name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
             into, found = out[offset], self.files[name]
@@ -198,7 +198,7 @@ class _Loader:
         self.stats.bytes += out.nbytes
         self.progress.update(out.nbytes)
 
-    def _convert(self, row: Row, name: str, part: str, inner: tuple[slice, ...], out: np.ndarray) -> None:
+    def _fill(self, row: Row, name: str, part: str, inner: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a part of one tensor in its resident format, or with its rows' new scales."""
         held = self.held[row.path]
         scale_name = name + SCALE_SUFFIX
@@ -303,8 +303,9 @@ def load(
     Args:
       folder: with config.json and safetensors files as DeepSeek publishes them; or a converted one, see `orbax`.
       mtp: load the MTP module too; None where there is one.
-      weights: what matrices are held as, one of `params.WEIGHTS`: "stored" touches no byte; "float32" and "bfloat16"
-        are their values, rounded once; "int8" has one float32 scale per row and leaves embedding and router as stored.
+      weights: what matrices are held as, one of `params.WEIGHTS`: "stored" touches no byte of them; "float32" and
+        "bfloat16" are their values, rounded once; "int8" has one float32 scale per row and leaves embedding and router
+        as stored.
       sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); the first device by
         default. Each device reads only its part, and of rows that become INT8 once more the whole, for their scales.
       progress: show a progress bar on standard error.

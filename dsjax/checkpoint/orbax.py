@@ -235,15 +235,22 @@ class Converted:
         """The table's rows that are loaded."""
         return tuple(r for r in table(self.config) if r.copy_of is None and (mtp or not is_mtp(r)))
 
-    def load(self, sharding: Callable[[Row, str], Sharding], seen: Callable[[Any], None], **options: Any) -> Tree:
-        """The parameters, one leaf read at a time; `seen` is told each. Options: `mtp` of `rows`, others of `leaf`."""
+    def load(
+        self,
+        sharding: Callable[[Row, str], Sharding],
+        seen: Callable[[Any], None],
+        *,
+        mtp: bool,
+        in_place: bool = True,
+    ) -> Tree:
+        """The parameters, one leaf read at a time; `seen` is told each. Others as for `rows` and `leaf`."""
 
         def leaf(row: Row) -> Any:
-            loaded = self.leaf(row, sharding, **options)
+            loaded = self.leaf(row, sharding, in_place=in_place)
             seen(loaded)
             return loaded
 
-        return build_tree(self.rows(mtp=options.pop("mtp")), leaf)
+        return build_tree(self.rows(mtp=mtp), leaf)
 
 
 def problems(folder: FilePath, config: Config) -> Iterator[str]:

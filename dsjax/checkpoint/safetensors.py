@@ -128,6 +128,14 @@ class Files(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def _tensor(self, name: str) -> tuple[Tensor, dict[Path, mmap.mmap]]:
+        """A tensor's entry, and the mappings."""
+        if self._maps is None:
+            raise ValueError(f"read from the closed checkpoint {self._folder}")
+        if name not in self._tensors:
+            raise InputError(f"{self._folder}: expected a tensor {_show(name)}, found none of that name")
+        return self._tensors[name], self._maps
+
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the tensor's bytes in the file: no copy, nothing read until it is used.
 
@@ -138,18 +146,14 @@ class Files(Mapping[str, Tensor]):
             InputError: no such tensor, or the shard cannot be mapped, or shrank since it was opened.
             ValueError: after `close`.
         """
-        if self._maps is None:
-            raise ValueError(f"read from the closed checkpoint {self._folder}")
-        if name not in self._tensors:
-            raise InputError(f"{self._folder}: expected a tensor {_show(name)}, found none of that name")
-        tensor = self._tensors[name]
+        tensor, maps = self._tensor(name)
         path, end = tensor.path, tensor.offset + tensor.nbytes
-        if path not in self._maps:
+        if path not in maps:
             with _open_regular(path) as (file, size):
                 if size == 0:  # mmap refuses it
                     raise _bad_tensor(path, name, f"data up to byte {end}", "the file emptied since it was opened")
-                self._maps[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        raw = np.frombuffer(self._maps[path], np.uint8)[tensor.offset : end]
+                maps[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        raw = np.frombuffer(maps[path], np.uint8)[tensor.offset : end]
         if raw.size != tensor.nbytes:
             raise _bad_tensor(path, name, f"{tensor.nbytes} bytes", f"{raw.size}: the file shrank since it was opened")
         return raw.view(tensor.dtype).reshape(tensor.shape)
@@ -158,9 +162,10 @@ class Files(Mapping[str, Tensor]):
         """Fills `out`, contiguous and as large as the tensor, with its bytes: one copy, and no mapping to page in.
 
         Raises:
-            InputError: the shard cannot be opened or read, or shrank since it was opened.
+            InputError: no such tensor, or the shard cannot be opened or read, or shrank since it was opened.
+            ValueError: after `close`.
         """
-        tensor = self._tensors[name]
+        tensor, _ = self._tensor(name)
         rest = out.reshape(-1).view(np.uint8).data
         if not hasattr(os, "preadv"):
             rest[:] = self.read(name).reshape(-1).view(np.uint8).data

@@ -133,7 +133,7 @@ def attend(
     return jnp.swapaxes(out / total[..., None], 1, 2)
 
 
-def _queries(x: jax.Array, first: Any, size: int) -> jax.Array:
+def _slice_queries(x: jax.Array, first: Any, size: int) -> jax.Array:
     """[B, T, ...] -> [B, size, ...]."""
     return x if size == x.shape[1] else lax.dynamic_slice_in_dim(x, first, size, axis=1)
 
@@ -195,7 +195,7 @@ def absorbed_attention(
         """x [B, T, H, .] times `rows` rows from `first` of each head's part of kv_b, a group of heads at a time."""
 
         def one(i: Any) -> jax.Array:
-            tile = take_tile(kv_b, (weight_layer,), i * heads * g, heads * g, stride=heads * g)
+            tile = take_tile(kv_b, (weight_layer,), i * heads * g, heads * g, stride=heads * g if heads < h else 0)
             if numerics.native:
                 tile = numerics.round(dequantise(tile)) if isinstance(tile, QArray) else numerics.round(tile)
             group = lax.dynamic_slice_in_dim(x, i * heads, heads, axis=2)
@@ -212,7 +212,7 @@ def absorbed_attention(
         return read_block(latent, cache_layer, j, filled)
 
     def score(keys: jax.Array, first: Any, size: int) -> jax.Array:
-        return _einsum("btha,bsa->bhts", _queries(query, first, size), keys) * config.softmax_scale
+        return _einsum("btha,bsa->bhts", _slice_queries(query, first, size), keys) * config.softmax_scale
 
     def value(p: jax.Array, keys: jax.Array) -> jax.Array:
         return _einsum("bhts,bsc->bhtc", p, keys[..., :c])
@@ -251,7 +251,7 @@ def naive_attention(
         return jnp.concatenate([kv[..., :n], k_rope], axis=-1), kv[..., n:]
 
     def score(keys: tuple[jax.Array, jax.Array], first: Any, size: int) -> jax.Array:
-        return _einsum("bthk,bshk->bhts", _queries(query, first, size), keys[0]) * config.softmax_scale
+        return _einsum("bthk,bshk->bhts", _slice_queries(query, first, size), keys[0]) * config.softmax_scale
 
     def value(p: jax.Array, keys: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _einsum("bhts,bshu->bhtu", p, keys[1])

@@ -22,8 +22,7 @@ from dsjax.layers.norm import add_norm, rms_norm
 from dsjax.layers.rope import rope_table
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, block_scaled_dot
-from quant.formats import decode
+from quant import QArray, block_scaled_dot, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +91,7 @@ class Stack(nnx.Module):
 @jax.named_scope("embed")
 def _embed(embed: jax.Array | QArray, tokens: jax.Array, numerics: Numerics) -> jax.Array:
     """Rows of the embedding table, [B, T, D] in the activation dtype."""
-    rows = decode(embed.codes[tokens], embed.format) if isinstance(embed, QArray) else embed[tokens]
-    return numerics.round(rows)
+    return numerics.round(look_up(embed, tokens) if isinstance(embed, QArray) else embed[tokens])
 
 
 @jax.named_scope("head")
