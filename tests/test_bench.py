@@ -162,7 +162,7 @@ def test_soak(model: Path, capsys: Capture) -> None:
 
 
 def test_table(model: Path, capsys: Capture) -> None:
-    assert main(["bench", "--model", str(model), *SHORT, "--soak", "3"]) == 0
+    assert main(["bench", "--model", str(model), *SHORT, "--soak", "6"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and max(len(line) for line in out.splitlines()) < 160
     for name, unit in (("decode", "tokens/s"), ("memory read", "GB/s"), ("peak memory", "GB"), ("step", "ms")):
@@ -198,13 +198,13 @@ def test_soak_sees_memory_grow(engine: Engine, monkeypatch: pytest.MonkeyPatch) 
     assert (found["identical"], found["passed"]) == (True, False)
     assert found["rss_growth_bytes"] == soak.MAX_GROWTH_BYTES + 1
     monkeypatch.setattr(soak, "current_rss_bytes", lambda: None)
-    found = soak.soak(engine, [[1]], 4, 3)
+    found = soak.soak(engine, [[1]], 4, 6)
     assert found["passed"] is True and found["rss_growth_bytes"] is None
 
 
 def test_negative_verdict(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "MAX_GROWTH_BYTES", -(1 << 40))
-    assert bench(capsys, model, "--soak", "3", status=1)["soak"]["passed"] is False
+    assert bench(capsys, model, "--soak", "6", status=1)["soak"]["passed"] is False
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,7 @@ def test_negative_verdict(model: Path, capsys: Capture, monkeypatch: pytest.Monk
         (("--soak", "1.5"), ("--soak", "1.5")),
         (("--soak", "many"), ("--soak", "many")),
         (("--soak",), ("--soak",)),
+        (("--soak", "5"), ("--soak", "two passes, 62 steps", "found 5")),
         (("--soak", "5", "--new-tokens", "1"), ("--soak", "--new-tokens of at least 2", "found 1")),
     ],
 )
