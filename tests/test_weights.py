@@ -31,8 +31,8 @@ from jax.sharding import Mesh, NamedSharding
 from dsjax import bandwidth
 from dsjax.checkpoint import load as loading
 from dsjax.checkpoint.agreement import agree
-from dsjax.checkpoint.convert import Source, fill
 from dsjax.checkpoint.load import STAGING_BYTES, load, load_plan
+from dsjax.checkpoint.resident import Source, fill
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.main import main
 from dsjax.config import load_config
