@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from dsjax.checkpoint.agreement import SCALE_SUFFIX
-from dsjax.checkpoint.safetensors import DTYPES, Spec, write_checkpoint_files
+from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.checkpoint.safetensors_writer import Spec, write_checkpoint_files
 from dsjax.config import Config, parse_config
 from dsjax.errors import InputError
 from dsjax.files import check_space, new_folder

@@ -21,7 +21,8 @@ import pytest
 from helpers import SYNTH_SETTINGS
 
 from dsjax import synth as synth_module
-from dsjax.checkpoint.safetensors import DTYPES, INDEX_FILE, SINGLE_FILE, Files, Spec, write_checkpoint_files
+from dsjax.checkpoint.safetensors import DTYPES, INDEX_FILE, SINGLE_FILE, Files
+from dsjax.checkpoint.safetensors_writer import Spec, write_checkpoint_files
 from dsjax.cli import verbs
 from dsjax.cli.main import main
 

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.checkpoint.safetensors import DTYPES, INDEX_FILE, SINGLE_FILE, Files, Spec, write_checkpoint_files
+from dsjax.checkpoint.safetensors import DTYPES, INDEX_FILE, SINGLE_FILE, Files
+from dsjax.checkpoint.safetensors_writer import Spec, write_checkpoint_files
 from dsjax.errors import InputError
 
 F32 = DTYPES["F32"]

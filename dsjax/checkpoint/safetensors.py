@@ -1,10 +1,10 @@
-"""safetensors files: a memory-mapped reader that trusts nothing, and a streaming writer.
+"""safetensors files: a memory-mapped reader that trusts nothing.
 
 A file is an 8-byte little-endian header length, a JSON header, and the tensors' raw little-endian bytes without a hole.
 The safetensors library reads neither FP8 nor E8M0 into NumPy; this module does, without a copy. Opening a checkpoint
 reads headers only; a tensor's bytes are touched when its view is.
 
-Format: https://github.com/huggingface/safetensors#format. Shards are named as DeepSeek names them.
+Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import reprlib
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +46,9 @@ DTYPES: dict[str, np.dtype] = {
 }
 """The element types by the format's names. "F4" is read, too: see `Tensor`."""
 
-_CODES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_JSON_BYTES = 100_000_000  # the limit of the official reader for a header; far above any real index too
 _MAX_RANK = 64  # NumPy's
 _MAX_BYTES = 2**62  # NumPy's sizes and strides are int64, also those of an array with a zero dimension
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -68,20 +66,6 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor that is going to be written. `dtype` is one of the values of `DTYPES`."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """The tensor's size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Files(Mapping[str, Tensor]):
@@ -102,7 +86,7 @@ class Files(Mapping[str, Tensor]):
             InputError: the folder holds no checkpoint, or a file of it is damaged, unsafe or not what the index says.
         """
         folder = Path(folder)
-        with _os_errors(folder):
+        with os_errors(folder):
             found = os.listdir(folder)
         if INDEX_FILE in found:
             return cls(folder, _read_sharded(folder))
@@ -175,7 +159,7 @@ class Files(Mapping[str, Tensor]):
                 with _open_regular(tensor.path) as (file, _):
                     self._descriptors[tensor.path] = os.dup(file.fileno())
         while len(rest):
-            with _os_errors(tensor.path):
+            with os_errors(tensor.path):
                 count = os.preadv(self._descriptors[tensor.path], [rest], tensor.offset + tensor.nbytes - len(rest))
             if count == 0:
                 found = f"{tensor.nbytes - len(rest)}: the file shrank since it was opened"
@@ -323,7 +307,7 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
 @contextmanager
 def _open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file and its size. Opening a pipe or a device could block or have effects, so look first."""
-    with _os_errors(path):
+    with os_errors(path):
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path}: expected a regular file, found something else")
         with path.open("rb") as file:
@@ -331,7 +315,7 @@ def _open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 @contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
+def os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # of another file, if it says so: a writer's input may fail, too
@@ -345,85 +329,3 @@ def _bad_tensor(path: Path, name: str, expected: str, found: str) -> InputError:
 
 def _show(name: str) -> str:
     return repr(name if len(name) <= 200 else name[:200] + "...")
-
-
-def write_checkpoint_files(
-    folder: Path, specs: Sequence[Spec], tensors: Iterable[np.ndarray], *, shard_bytes: int = 5_000_000_000
-) -> None:
-    """Write shards and their index into a folder that the caller has made.
-
-    Shards are filled in the order of `specs` up to `shard_bytes` (a larger tensor gets a shard of its own). `tensors`
-    gives one array per spec, in the same order; each is written before the next is asked for, so that it may be a
-    generator over a model larger than memory. On any error the folder is left with a part of a checkpoint.
-
-    Raises:
-        InputError: a file exists already or cannot be written.
-        ValueError: unknown dtype, name used twice, an array unlike its spec, too few or too many arrays.
-    """
-    shards = _plan_shards(specs, shard_bytes)
-    stream = iter(tensors)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file_name = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
-        _write_shard(folder / file_name, shard, stream)
-        weight_map |= {spec.name: file_name for spec in shard}
-    if next(stream, None) is not None:
-        raise ValueError(f"more arrays than the {len(specs)} specs")
-    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
-    with _os_errors(folder / INDEX_FILE), (folder / INDEX_FILE).open("x", encoding="utf-8") as file:
-        file.write(json.dumps(index, indent=2) + "\n")
-
-
-def _plan_shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
-    shards: list[list[Spec]] = []
-    seen = {"__metadata__"}
-    used = 0
-    for spec in specs:
-        if spec.name in seen:
-            raise ValueError(f"tensor name {spec.name!r} is used twice or reserved")
-        if spec.dtype not in _CODES:
-            raise ValueError(f"tensor {spec.name!r}: safetensors has no dtype for {spec.dtype!r}")
-        seen.add(spec.name)
-        if not shards or used + spec.nbytes > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(spec)
-        used += spec.nbytes
-    return shards
-
-
-def _write_shard(path: Path, specs: Sequence[Spec], stream: Iterator[np.ndarray]) -> None:
-    header, offsets = _plan_layout(specs)
-    with _os_errors(path), path.open("xb") as file:
-        file.write(header)
-        for spec in specs:
-            file.seek(offsets[spec.name])
-            _write_tensor(file, spec, next(stream, None))  # holds no array while the next is made
-
-
-def _plan_layout(specs: Sequence[Spec]) -> tuple[bytes, dict[str, int]]:
-    """The length-prefixed header of a shard, and the absolute offset of each of its tensors.
-
-    Wide elements come first, as the official writer lays them out: with the data section at a multiple of 64 bytes
-    (the header is padded with spaces, which the format allows) every tensor is then aligned to its elements, without
-    a hole.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to be told the format
-    begins: dict[str, int] = {}
-    end = 0
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
-        begins[spec.name], end = end, end + spec.nbytes
-        offsets = [begins[spec.name], end]
-        entries[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + begin for name, begin in begins.items()}
-
-
-def _write_tensor(file: BinaryIO, spec: Spec, array: np.ndarray | None) -> None:
-    if array is None:
-        raise ValueError(f"fewer arrays than specs: none for tensor {spec.name!r}")
-    if array.dtype != spec.dtype or array.shape != spec.shape:
-        raise ValueError(f"expected {spec}, found an array of {array.dtype} {array.shape}")
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
