@@ -173,30 +173,43 @@ class _Loader:
         inner = tuple(slice(a, b) for a, b in region[lead:])
         as_stored = self.held[row.path] == self.stored[row.path]
 
-        def tensor(offset: tuple[int, ...]) -> None:
+        def tensor(offset: tuple[int, ...], share: int, shares: int) -> None:
+            """Fills one tensor's place; where its bytes go there as they are, one of several shares of its rows."""
             index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
-            if not as_stored:
-                self._fill(row, row.tensor_name(index), part, inner, out[offset])
-                return
             name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
-            into, found = out[offset], self.files[name]
-            if into.nbytes == found.nbytes and into.dtype.itemsize == found.dtype.itemsize and into.flags.c_contiguous:
-                self.files.read_into(name, into)
-                check_values(self.files, name, into)
-                return
-            into[...] = self._view(name, out.dtype, part)[inner]
-            self.files.release(name)
+            into = out[offset]
+            if as_stored and self._goes_as_it_is(name, inner, into):
+                first, last = (into.shape[0] * i // shares for i in (share, share + 1))
+                width = into.nbytes // into.shape[0]
+                self.files.read_into(name, into[first:last], (inner[0].start + first) * width)
+                check_values(self.files, name, into[first:last])
+            elif share:
+                return  # the first share does it all
+            elif as_stored:
+                into[...] = self._view(name, out.dtype, part)[inner]
+                self.files.release(name)
+            else:
+                self._fill(row, row.tensor_name(index), part, inner, into)
 
-        def share(offsets: list[tuple[int, ...]]) -> None:
-            for offset in offsets:
-                tensor(offset)
+        def some(jobs: list[tuple[tuple[int, ...], int, int]]) -> None:
+            for job in jobs:
+                tensor(*job)
 
         # Reading and copying let other threads run; what costs is often the kernel, finding fresh memory.
         offsets = list(np.ndindex(out.shape[:lead]))
-        for _ in self.pool.map(share, [offsets[i :: self.threads] for i in range(self.threads)]):
+        shares = 1 if len(offsets) >= self.threads else self.threads
+        jobs = [(offset, i, shares) for offset in offsets for i in range(shares)]
+        for _ in self.pool.map(some, [jobs[i :: self.threads] for i in range(self.threads)]):
             pass
         self.stats.bytes += out.nbytes
         self.progress.update(out.nbytes)
+
+    def _goes_as_it_is(self, name: str, inner: tuple[slice, ...], into: np.ndarray) -> bool:
+        """Whether rows `inner` of a tensor are the bytes of `into`, in one piece."""
+        found = self.files[name]
+        whole = all(s == slice(0, n) for s, n in zip(inner[1:], found.shape[1:], strict=True))
+        same = into.dtype.itemsize == found.dtype.itemsize and into.shape[1:] == found.shape[1:]
+        return whole and same and into.size > 0 and into.flags.c_contiguous
 
     def _fill(self, row: Row, name: str, part: str, inner: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a part of one tensor in its resident format, or with its rows' new scales."""

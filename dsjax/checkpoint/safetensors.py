@@ -142,8 +142,8 @@ class Files(Mapping[str, Tensor]):
             raise _bad_tensor(path, name, f"{tensor.nbytes} bytes", f"{raw.size}: the file shrank since it was opened")
         return raw.view(tensor.dtype).reshape(tensor.shape)
 
-    def read_into(self, name: str, out: np.ndarray) -> None:
-        """Fills `out`, contiguous and as large as the tensor, with its bytes: one copy, and no mapping to page in.
+    def read_into(self, name: str, out: np.ndarray, start: int = 0) -> None:
+        """Fills `out`, contiguous, with the tensor's bytes from `start` on: one copy, and no mapping to page in.
 
         Raises:
             InputError: no such tensor, or the shard cannot be opened or read, or shrank since it was opened.
@@ -152,17 +152,18 @@ class Files(Mapping[str, Tensor]):
         tensor, _ = self._tensor(name)
         rest = out.reshape(-1).view(np.uint8).data
         if not hasattr(os, "preadv"):
-            rest[:] = self.read(name).reshape(-1).view(np.uint8).data
+            rest[:] = self.read(name).reshape(-1).view(np.uint8)[start : start + len(rest)].data
             return
         with self._lock:
             if tensor.path not in self._descriptors:
                 with _open_regular(tensor.path) as (file, _):
                     self._descriptors[tensor.path] = os.dup(file.fileno())
+        end = tensor.offset + start + len(rest)
         while len(rest):
             with os_errors(tensor.path):
-                count = os.preadv(self._descriptors[tensor.path], [rest], tensor.offset + tensor.nbytes - len(rest))
+                count = os.preadv(self._descriptors[tensor.path], [rest], end - len(rest))
             if count == 0:
-                found = f"{tensor.nbytes - len(rest)}: the file shrank since it was opened"
+                found = f"{end - tensor.offset - len(rest)}: the file shrank since it was opened"
                 raise _bad_tensor(tensor.path, name, f"{tensor.nbytes} bytes", found)
             rest = rest[count:]
 
