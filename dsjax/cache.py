@@ -17,7 +17,7 @@ from dsjax.errors import InputError
 from quant.formats import BF16, encode
 
 KEY_BLOCK = 256
-"""Cached positions that attention reads at a time; capacity is a multiple of it, or below it."""
+"""Cached positions that attention reads at a time, at most (`key_block`); capacity is a multiple of it, or below it."""
 
 SPARE = 8
 """Positions beyond the asked length, so that drafted tokens have room."""

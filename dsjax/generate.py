@@ -18,7 +18,7 @@ from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.models import v3
 from dsjax.numerics import Numerics
-from dsjax.params import LINEAR, Tree, table
+from dsjax.params import LINEAR, Tree, leaves
 from dsjax.sampling import Sampling, sample
 from quant import E4M3, QArray
 
@@ -92,11 +92,8 @@ def _check_native(config: Config, numerics: Numerics, params: Tree) -> None:
     """Refuses native on weights that a checkpoint has in FP8 but that are held as something else."""
     if not numerics.native or config.quantization is None:
         return
-    for row in table(config):
-        leaf: Any = params
-        for key in row.path:
-            leaf = leaf.get(key) if isinstance(leaf, dict) else None
-        if row.storage == LINEAR and leaf is not None and not (isinstance(leaf, QArray) and leaf.format == E4M3):
+    for row, leaf in leaves(params, config):
+        if row.storage == LINEAR and not (isinstance(leaf, QArray) and leaf.format == E4M3):
             held = leaf.format.name if isinstance(leaf, QArray) else str(leaf.dtype)
             raise InputError(f"--numerics native: expected FP8 weights, found {'.'.join(row.path)} held as {held}")
 

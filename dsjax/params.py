@@ -303,6 +303,16 @@ def abstract_params(
     return build_tree(tuple(r for r in table(config) if mtp or not is_mtp(r)), leaf)
 
 
+def leaves(params: Tree, config: Config) -> Iterator[tuple[Row, Any]]:
+    """(row, leaf) of every parameter that the tree holds: no copies, and no MTP module if none was loaded."""
+    for row in table(config):
+        leaf: Any = params
+        for key in row.path:
+            leaf = leaf.get(key) if isinstance(leaf, dict) else None
+        if leaf is not None:
+            yield row, leaf
+
+
 # --- accounting ------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +325,8 @@ def _stored_bytes(row: Row, config: Config) -> int:
     return math.prod(shape) * (4 if stored.format == "f32" else 2)
 
 
-def tree_bytes(params: Tree) -> int:
-    """Bytes of all leaves as they are held; of arrays, or of shapes from `abstract_params`."""
+def tree_bytes(params: Any) -> int:
+    """Bytes of all leaves of a tree as they are held; of arrays, or of shapes from `abstract_params`."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params))
 
 
@@ -334,12 +344,9 @@ def active_bytes(params: Tree, config: Config, batch: int) -> int:
       batch: slots B, one new token each.
     """
     total = 0.0
-    for row in table(config):
+    for row, leaf in leaves(params, config):
         if is_mtp(row):
             continue
-        leaf: Any = params
-        for key in row.path:
-            leaf = leaf[key]
         share = 1.0
         if row.path == ("embed",):
             share = min(batch / config.vocab_size, 1.0)

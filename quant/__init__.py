@@ -18,7 +18,6 @@ from quant.matmul import (
     reference_dot,
     take_tile,
     tile_dot,
-    tile_rows,
     transposed_tile_dot,
 )
 from quant.qarray import WHOLE, QArray, dequantise, look_up, retile
@@ -57,7 +56,6 @@ __all__ = [
     "retile",
     "take_tile",
     "tile_dot",
-    "tile_rows",
     "transposed_tile_dot",
     "ungroup",
 ]

@@ -45,9 +45,9 @@ class Groups:
 def group_size(tokens: int, choices: int, experts: int) -> int:
     """Rows per block.
 
-    While experts see about one token each, 1: the fused product, which re-reads an expert's bytes from cache where two
-    blocks share it. Beyond, a power of two half above the mean load: larger blocks compute more padding, smaller
-    ones decode an expert more often (decoding costs about as much as 15 rows; measured on XLA:CPU).
+    Up to FUSED_TOKENS per expert on average, 1: the fused product, which re-reads an expert's bytes from cache where
+    two blocks share it. Beyond, whole tiles of a matrix unit (16 rows), half above the mean load: larger blocks compute
+    more padding, smaller ones decode an expert more often.
     """
     mean = tokens * choices / experts
     if tokens == 1 or mean <= FUSED_TOKENS:
@@ -142,11 +142,11 @@ def grouped_map(
 
     if trips == 1:
         return run(0)
-    dtype = jax.eval_shape(run, 0).dtype
+    shape = jax.eval_shape(run, 0)
+    (rows, n), dtype = shape.shape, shape.dtype
     if dtype == jnp.bfloat16:  # XLA:CPU would widen the whole array at every update
         bits = grouped_map(lambda *a: lax.bitcast_convert_type(f(*a), jnp.uint16), x, groups, at_once)
         return lax.bitcast_convert_type(bits, dtype)
-    rows, n = jax.eval_shape(run, 0).shape
 
     # Each trip stores the rows of the trip before: an update that is computed where it is stored takes one thread only
     # on XLA:CPU, one that was carried is a plain copy.

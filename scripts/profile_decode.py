@@ -27,9 +27,8 @@ from dsjax.checkpoint.load import load
 from dsjax.config import Config
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
-from dsjax.params import Tree, table
+from dsjax.params import Tree, leaves, tree_bytes
 from dsjax.sampling import Sampling
-from quant import QArray
 
 SCOPES = ("embed", "norm", "queries", "latent", "absorb", "attend", "expand", "output", "router", "experts", "shared")
 SCOPES += ("dense", "head", "sample")
@@ -66,13 +65,10 @@ def scopes_of(text: str) -> dict[str, str]:
 def read_bytes(config: Config, params: Tree) -> Counter[str]:
     """Weight bytes that one token reads, by scope."""
     totals: Counter[str] = Counter()
-    for row in table(config):
-        leaf = params
-        for key in row.path:
-            leaf = leaf.get(key, {}) if isinstance(leaf, dict) else leaf
-        if isinstance(leaf, dict) or row.path[0] in ("embed", "mtp"):
+    for row, leaf in leaves(params, config):
+        if row.path[0] in ("embed", "mtp"):
             continue
-        nbytes = leaf.nbytes if isinstance(leaf, QArray) else leaf.size * leaf.dtype.itemsize
+        nbytes = tree_bytes(leaf)
         if row.experts:
             totals["experts"] += nbytes * config.num_experts_per_tok // config.n_routed_experts
         else:

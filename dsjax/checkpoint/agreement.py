@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.checkpoint.safetensors import Files
+from dsjax.checkpoint.values import host_finite
 from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.params import LINEAR, Path, Row, Stored, is_mtp, matrix_shape, scale_grid, table
@@ -89,21 +90,6 @@ def agree(files: Files, config: Config) -> dict[Path, Stored]:
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
-_CHUNK = 1 << 22  # elements looked at together, so that temporaries stay small
-
-
-def _finite(view: np.ndarray) -> bool:
-    flat = view.reshape(-1)
-    return all(bool(np.isfinite(flat[i : i + _CHUNK]).all()) for i in range(0, flat.size, _CHUNK))
-
-
-def _has_nan_code(view: np.ndarray) -> bool:
-    """Whether FP8 codes hold NaN: 0xFF, the largest unsigned byte, or 0x7F, the largest signed one."""
-    codes = view.view(np.uint8).reshape(-1)
-    step = 1 << 18  # stays in a core's cache
-    parts = (codes[i : i + step] for i in range(0, codes.size, step))
-    return any(int(part.max()) == 0xFF or int(part.view(np.int8).max()) == 0x7F for part in parts)
-
 
 def check_values(files: Files, name: str, view: np.ndarray | None = None) -> None:
     """Refuses NaN codes, and scales or floats that are not finite.
@@ -117,12 +103,12 @@ def check_values(files: Files, name: str, view: np.ndarray | None = None) -> Non
     """
     view = files.read(name) if view is None else view.reshape(-1).view(files[name].dtype)
     if view.dtype == _FP8:
-        bad, expected, found = _has_nan_code(view), "no NaN code", "0x7F or 0xFF"
-    elif view.dtype in (_E8M0, np.dtype(np.uint8)):
-        bad, expected, found = bool((view.view(np.uint8) == 0xFF).any()), "no NaN scale", "0xFF"
+        fmt, expected, found = "e4m3", "no NaN code", "0x7F or 0xFF"
+    elif view.dtype in _FLOATS:
+        fmt, expected, found = _FLOATS[view.dtype], "finite values", "NaN or infinity"
     else:
-        bad, expected, found = not _finite(view), "finite values", "NaN or infinity"
-    if bad:
+        fmt, expected, found = _SCALES[view.dtype], "no NaN scale", "0xFF"
+    if not host_finite(view, fmt):
         raise InputError(f"{files[name].path}: tensor {name}: expected {expected}, found {found}")
 
 

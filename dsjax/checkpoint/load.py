@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import SCALE_SUFFIX, agree, check_copies, check_values
-from dsjax.checkpoint.manifest import leaf_parts, total_bytes
+from dsjax.checkpoint.manifest import leaf_parts
 from dsjax.checkpoint.resident import Source, fill
 from dsjax.checkpoint.safetensors import Files
 from dsjax.config import Config, load_config
@@ -48,6 +48,7 @@ from quant import QArray
 
 STAGING_BYTES = 64 << 20
 MAX_THREADS = 8
+"""That read and check tensors side by side."""
 
 ArraySharding = Callable[[Row, str], Sharding]
 """Where a leaf's "codes" or "scales" go."""
@@ -289,7 +290,7 @@ def _load_converted(
     """`load` of a converted folder; Orbax reads, so a leaf's parts for this host's devices are staged together."""
     converted, stats = orbax.Converted(folder, config), LoadStats()
     mtp = _wants_mtp(folder, config, mtp, converted.has_mtp)
-    total = total_bytes(converted.leaves[row.path] for row in converted.rows(mtp=mtp))
+    total = tree_bytes([converted.leaves[row.path] for row in converted.rows(mtp=mtp)])
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
 
         def seen(leaf: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
@@ -28,11 +27,6 @@ def leaf_parts(leaf: Any) -> dict[str, Any]:
     if not isinstance(leaf, QArray):
         return {"codes": leaf}
     return {"codes": leaf.codes} if leaf.scales is None else {"codes": leaf.codes, "scales": leaf.scales}
-
-
-def total_bytes(leaves: Iterable[Any]) -> int:
-    """Bytes of the leaves' arrays, also of abstract ones."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for leaf in leaves for a in leaf_parts(leaf).values())
 
 
 def flatten(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -33,7 +33,6 @@ from dsjax.checkpoint.manifest import (
     nest,
     parse_entry,
     read_manifest,
-    total_bytes,
     write_manifest,
 )
 from dsjax.checkpoint.quiet import Failed, call
@@ -41,7 +40,7 @@ from dsjax.checkpoint.values import all_finite
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
 from dsjax.files import check_space, new_folder
-from dsjax.params import Path, Row, Tree, build_tree, is_mtp, table
+from dsjax.params import Path, Row, Tree, build_tree, is_mtp, table, tree_bytes
 from quant import QArray
 
 PARAMS = "params"
@@ -81,7 +80,7 @@ class Saving:
     """
 
     def __init__(self, out: FilePath, leaves: Leaves, folder: FilePath, response: Any, cleanup: ExitStack) -> None:
-        self.nbytes = total_bytes(leaves.values())
+        self.nbytes = tree_bytes(leaves)
         self._entries = [describe(path, leaf) for path, leaf in leaves.items()]
         self._out, self._folder, self._response, self._cleanup = out, folder, response, cleanup
         self._done = False
@@ -129,12 +128,12 @@ def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: boo
     except (ValueError, KeyError) as e:
         raise InputError(f"parameters cannot be saved: {e}") from None
     check_leaves(abstract, config, source)
-    check_space(out, total_bytes(leaves.values()))
+    check_space(out, tree_bytes(leaves))
     context = ocp.Context()
     context.array.saving.use_compression = False  # quantised codes hardly shrink, and loading would take twice as long
     context.array.saving.scoped_storage_options_creator = _storage
     if wait:  # then not all arrays need be copied at once; the limit must be above the largest
-        largest = max(total_bytes([array]) for leaf in leaves.values() for array in leaf_parts(leaf).values())
+        largest = max(tree_bytes(array) for leaf in leaves.values() for array in leaf_parts(leaf).values())
         context.memory.write_concurrent_bytes = largest + CHUNK_BYTES
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out))

@@ -1,4 +1,4 @@
-"""Whether arrays of codes hold NaN or infinity, wherever they lie."""
+"""Whether codes hold NaN or infinity, in files, on the host or on devices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,21 @@ _NOT_FINITE = {"e4m3": 0x7F, "e5m2": 0x7C, "e8m0": 0xFF, "bf16": 0x7F80, "f16": 
 _CHUNK = 1 << 18  # elements looked at together, so that temporaries stay in a core's cache
 
 
-def _on_host(bits: np.ndarray, mask: int) -> bool:
-    flat = bits.reshape(-1)
-    return any(bool((flat[i : i + _CHUNK] & mask == mask).any()) for i in range(0, flat.size, _CHUNK))
+def host_finite(elements: np.ndarray, fmt: str) -> bool:
+    """Whether no element is NaN or infinite.
+
+    Args:
+      elements: of any type as wide as the format's codes, contiguous.
+      fmt: name of the codes' format.
+    """
+    mask = _NOT_FINITE.get(fmt)
+    if mask is None:
+        return True
+    flat = elements.reshape(-1).view(np.dtype(f"u{elements.dtype.itemsize}"))
+    parts = (flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK))
+    if fmt == "e4m3":  # 0xFF is the largest unsigned byte, 0x7F the largest signed one; two maxima, no temporary
+        return all(int(part.max()) < 0xFF and int(part.view(np.int8).max()) < 0x7F for part in parts)
+    return not any(bool((part & mask == mask).any()) for part in parts)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -40,5 +52,4 @@ def all_finite(array: Any, fmt: str, *, on_host: bool = True) -> bool:
         return True
     if not on_host or any(d.platform != "cpu" for d in array.sharding.device_set):
         return not _on_device(array, mask)
-    parts = (np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0)
-    return not any(_on_host(p.view(np.uint32) if p.dtype == np.float32 else p, mask) for p in parts)
+    return all(host_finite(np.asarray(s.data), fmt) for s in array.addressable_shards if s.replica_id == 0)

@@ -18,7 +18,6 @@ from dsjax.bench import bench as run_bench
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
-from dsjax.checkpoint.manifest import total_bytes
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.cli.report import bench_table
@@ -27,7 +26,7 @@ from dsjax.errors import InputError
 from dsjax.files import check_new_file, check_new_folder, new_file
 from dsjax.generate import Engine, check_ids
 from dsjax.numerics import Numerics
-from dsjax.params import accounting
+from dsjax.params import accounting, tree_bytes
 from dsjax.sampling import Sampling
 from dsjax.synth import synth_config, synthesise
 from dsjax.text import Stream, Text, load_text, split_thinking
@@ -66,7 +65,7 @@ def inspect(options: argparse.Namespace) -> int:
     if folder.is_dir():
         try:
             if orbax.is_converted(folder):
-                result["bytes"] = total_bytes(orbax.Converted(folder, config).leaves.values())
+                result["bytes"] = tree_bytes(orbax.Converted(folder, config).leaves)
                 if options.check:
                     found = list(orbax.problems(folder, config))
             else:

@@ -27,6 +27,9 @@ from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_ti
 from quant.formats import exact_divide
 from quant.matmul import FUSED_TOKENS, TILE_BYTES
 
+QUERY_BLOCK = 128
+"""Queries scored at a time: their scores against a key block (2 MB with 16 heads) then stay in a core's cache."""
+
 Keys: TypeAlias = Any
 """What a form of attention loads of one key block."""
 
@@ -36,10 +39,6 @@ def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
     if all(o.dtype == jnp.bfloat16 for o in operands):
         return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
     return jnp.einsum(spec, *(o.astype(jnp.float32) for o in operands), precision=lax.Precision.HIGHEST)
-
-
-QUERY_BLOCK = 128
-"""Queries scored at a time: their scores against a key block (2 MB with 16 heads) then stay in a core's cache."""
 
 
 def attend(
