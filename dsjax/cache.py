@@ -12,7 +12,7 @@ import numpy as np
 from jax import export, lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt16
 
-from dsjax.config import Config
+from dsjax.config import V3Config
 from dsjax.errors import InputError
 from quant.formats import BF16, encode
 
@@ -51,7 +51,7 @@ class Cache:
         return self.latent.shape[2]
 
 
-def init_cache(config: Config, batch: int, max_length: int, dtype: str, *, layers: int | None = None) -> Cache:
+def init_cache(config: V3Config, batch: int, max_length: int, dtype: str, *, layers: int | None = None) -> Cache:
     """An empty cache.
 
     Args:

@@ -1,4 +1,4 @@
-"""Published architectures as data, in the spelling of their own config.json (spec V3 1.1)."""
+"""Published architectures as data, in the spelling of their own config.json (spec V3 1.1, V4 1.1)."""
 
 from __future__ import annotations
 
@@ -88,11 +88,82 @@ _V2_LITE: dict[str, Any] = {
     "eos_token_id": 100001,
 }
 
+_V4_FLASH: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "hidden_size": 4096,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 43,
+    "num_nextn_predict_layers": 1,
+    "num_hash_layers": 3,
+    "compress_ratios": [0, 0] + [4, 128] * 20 + [4, 0],
+    "num_attention_heads": 64,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024,
+    "o_lora_rank": 1024,
+    "o_groups": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0,
+    "hidden_act": "silu",
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+    "max_position_embeddings": 1048576,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "expert_dtype": "fp4",
+    "quantization_config": {**_FP8, "scale_fmt": "ue8m0"},
+}
+
+_V4_PRO: dict[str, Any] = {
+    **_V4_FLASH,
+    "hidden_size": 7168,
+    "moe_intermediate_size": 3072,
+    "num_hidden_layers": 61,
+    "compress_ratios": [128, 128] + [4, 128] * 29 + [4, 0],
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "n_routed_experts": 384,
+    "routed_scaling_factor": 2.5,
+    "index_topk": 1024,
+}
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": _V2_LITE,
     "deepseek-v3": _V3,
     "deepseek-r1": _V3,
     "deepseek-v3.1": {**_V3, "quantization_config": {**_FP8, "scale_fmt": "ue8m0"}},
+    "deepseek-v4-flash": _V4_FLASH,
+    "deepseek-v4-pro": _V4_PRO,
 }
 
 PRESETS: tuple[str, ...] = tuple(_PRESETS)

@@ -26,6 +26,9 @@ def test_presets_parse(name: str) -> None:
     config = load_config(name)
     assert config == parse_config(preset(name))
     assert config.yarn is not None
+    if config.model_type == "deepseek_v4":
+        assert config.max_position_embeddings == 1048576 and config.expert_dtype == "fp4"
+        return
     assert config.max_position_embeddings == 163840
     v2 = name == "deepseek-v2-lite"
     assert (config.num_hidden_layers, config.first_k_dense_replace) == ((27, 1) if v2 else (61, 3))
@@ -34,7 +37,7 @@ def test_presets_parse(name: str) -> None:
 
 @pytest.mark.parametrize("folder", GOLDENS, ids=lambda p: p.name)
 def test_goldens_parse(folder: Path) -> None:
-    assert load_config(folder).model_type in ("deepseek_v2", "deepseek_v3")
+    assert load_config(folder).model_type in ("deepseek_v2", "deepseek_v3", "deepseek_v4")
 
 
 def test_a_preset_is_a_copy() -> None:

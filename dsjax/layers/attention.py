@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.cache import Latent, key_block, read_block, write
-from dsjax.config import Config
+from dsjax.config import V3Config
 from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import RopeTable, rope
 from dsjax.numerics import Numerics
@@ -161,7 +161,7 @@ def absorbed_attention(
     positions: Int32[Array, "B T"],
     filled: Int32[Array, " B"],
     blocks: Int32[Array, ""],
-    config: Config,
+    config: V3Config,
     numerics: Numerics,
 ) -> Float[Array, "B T H U"]:
     """Attention on the latent itself: kv_b is applied to queries and outputs instead of keys (spec V3 2.4).
@@ -229,7 +229,7 @@ def naive_attention(
     positions: Int32[Array, "B T"],
     filled: Int32[Array, " B"],
     blocks: Int32[Array, ""],
-    config: Config,
+    config: V3Config,
     numerics: Numerics,
 ) -> Float[Array, "B T H U"]:
     """Attention on keys and values expanded from the latent, a block at a time (spec V3 2.4).
@@ -258,7 +258,7 @@ def naive_attention(
     return numerics.round(attend(load, score, value, positions, blocks, key_block(latent.shape[2]), h, u, numerics))
 
 
-def choose_form(tokens: int, config: Config, numerics: Numerics) -> str:
+def choose_form(tokens: int, config: V3Config, numerics: Numerics) -> str:
     """ "absorbed" or "naive": as asked; else absorbed in native, the one with fewer operations in plain.
 
     For T queries and S keys, absorbed takes T C (N + U) + T S (2 C + R) multiply-adds per head, naive takes
@@ -274,7 +274,7 @@ def choose_form(tokens: int, config: Config, numerics: Numerics) -> str:
 class Attention(nnx.Module):
     """MLA. Leaves stacked over layers: kv_a, kv_norm, kv_b, o; q_a, q_norm, q_b, or q where q_lora_rank is null."""
 
-    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree) -> None:
         self.config = config
         self.numerics = numerics
         self.kv_a = nnx.Param(params["kv_a"])

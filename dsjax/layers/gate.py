@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from dsjax.config import Config
+from dsjax.config import V3Config
 
 
 def moe_gate(
-    scores: Float32[Array, "T E"], bias: Float32[Array, " E"] | None, config: Config
+    scores: Float32[Array, "T E"], bias: Float32[Array, " E"] | None, config: V3Config
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Group-limited top-k routing in float32 (spec V3 2.6).
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from dsjax.config import Config, yarn_magnitude
+from dsjax.config.v3 import V3Config, yarn_magnitude
 
 
-def rope_frequencies(config: Config) -> np.ndarray:
+def rope_frequencies(config: V3Config) -> np.ndarray:
     """Radians per position of each pair, float32 [R/2] (spec V3 2.2); the same at every length."""
     d, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
     plain = theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
@@ -27,7 +27,7 @@ def rope_frequencies(config: Config) -> np.ndarray:
     return (plain / yarn.factor * ramp + plain * (1 - ramp)).astype(np.float32)
 
 
-def rope_magnitude(config: Config) -> float:
+def rope_magnitude(config: V3Config) -> float:
     """Factor on cos and sin: 1 in every release; a ratio of mscale fields otherwise (spec V3 2.2)."""
     yarn = config.yarn
     if yarn is None:
@@ -41,7 +41,7 @@ RopeTable = tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]]
 """cos and sin of every position and pair."""
 
 
-def rope_table(config: Config, positions: Int[Array, "B T"]) -> RopeTable:
+def rope_table(config: V3Config, positions: Int[Array, "B T"]) -> RopeTable:
     """cos and sin, float32 [B, T, R/2], for int32 positions [B, T]; made once per step, not per layer."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     magnitude = rope_magnitude(config)

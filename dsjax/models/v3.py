@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from dsjax.cache import Cache, key_block
-from dsjax.config import Config
+from dsjax.config import V3Config
 from dsjax.layers.attention import Attention
 from dsjax.layers.ffn import MoE, SwiGLU
 from dsjax.layers.norm import add_norm, rms_norm
@@ -35,7 +35,7 @@ class _Call:
     table: tuple[jax.Array, jax.Array]  # cos, sin
 
 
-def _call(config: Config, cache: Cache, tokens: int, n_new: jax.Array) -> _Call:
+def _call(config: V3Config, cache: Cache, tokens: int, n_new: jax.Array) -> _Call:
     offsets = jnp.arange(tokens, dtype=jnp.int32)
     positions = cache.length[:, None] + offsets
     filled, keys = jnp.max(cache.length + n_new), key_block(cache.capacity)
@@ -50,7 +50,7 @@ def _call(config: Config, cache: Cache, tokens: int, n_new: jax.Array) -> _Call:
 class Stack(nnx.Module):
     """Equal decoder layers, run as one scan. `offset` is the first layer's place in the cache."""
 
-    def __init__(self, config: Config, numerics: Numerics, params: Tree, offset: int) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree, offset: int) -> None:
         self.config = config
         self.numerics = numerics
         self.offset = offset
@@ -108,7 +108,7 @@ def _logits(hidden: jax.Array, head: jax.Array | QArray, n_new: jax.Array, want:
 class V3(nnx.Module):
     """The main model, bound to its parameters."""
 
-    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree) -> None:
         self.config = config
         self.numerics = numerics
         self.embed = nnx.Param(params["embed"])
@@ -135,7 +135,7 @@ class V3(nnx.Module):
 class MTP(nnx.Module):
     """The multi-token-prediction module: one decoder layer on [next token's embedding ; main model's hidden]."""
 
-    def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree) -> None:
         self.config = config
         self.numerics = numerics
         self.embed = nnx.Param(params["embed"])
@@ -169,7 +169,7 @@ class MTP(nnx.Module):
 
 
 def step(
-    config: Config,
+    config: V3Config,
     numerics: Numerics,
     params: Tree,
     cache: Cache,
@@ -198,7 +198,7 @@ def step(
 
 
 def draft(
-    config: Config,
+    config: V3Config,
     numerics: Numerics,
     params: Tree,
     cache: Cache,
