@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.backend import compiler_options
-from dsjax.cache import Cache, init_cache
 from dsjax.config import Config
 from dsjax.errors import InputError
-from dsjax.models import v3
+from dsjax.models import family
 from dsjax.numerics import Numerics
-from dsjax.params import LINEAR, Tree, leaves
+from dsjax.params import EXPERT, LINEAR, Tree, leaves
 from dsjax.sampling import Sampling, sample
-from quant import E4M3, QArray
+from quant import E2M1, E4M3, QArray
 
 CHUNK = 512
 """New tokens per slot in one prefill step."""
@@ -75,14 +74,14 @@ def _sampled_step(
     sampling: Sampling,
     vocabulary: int,
     params: Tree,
-    cache: Cache,
+    cache: Any,
     tokens: jax.Array,
     n_new: jax.Array,
     random_key: jax.Array,
     sequences: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """One step and a draw from its last logits: (int32 [B], cache)."""
-    logits, _, cache = v3.step(config, numerics, params, cache, tokens, n_new, "last")
+    logits, _, cache = family(config).step(config, numerics, params, cache, tokens, n_new, "last")
     assert logits is not None
     with jax.named_scope("sample"):
         return sample(logits, sampling, vocabulary, random_key, sequences, cache.length), cache
@@ -93,7 +92,7 @@ def _check_native(config: Config, numerics: Numerics, params: Tree) -> None:
     if not numerics.native or config.quantization is None:
         return
     for row, leaf in leaves(params, config):
-        if row.storage == LINEAR and not (isinstance(leaf, QArray) and leaf.format == E4M3):
+        if row.storage in (LINEAR, EXPERT) and not (isinstance(leaf, QArray) and leaf.format in (E4M3, E2M1)):
             held = leaf.format.name if isinstance(leaf, QArray) else str(leaf.dtype)
             raise InputError(f"--numerics native: expected FP8 weights, found {'.'.join(row.path)} held as {held}")
 
@@ -117,14 +116,14 @@ class Engine:
         self.compiler_options = compiler_options(next(iter(jax.tree.leaves(params)[0].devices())).platform)
         self._scoring = tuple(
             jax.jit(partial(f, config, numerics, want="all"), donate_argnums=1, compiler_options=self.compiler_options)
-            for f in (v3.step, v3.draft)
+            for f in (family(config).step, family(config).draft)
         )
 
-    def cache(self, batch: int, max_length: int) -> Cache:
+    def cache(self, batch: int, max_length: int) -> Any:
         """An empty cache for `batch` slots of `max_length` tokens."""
-        return init_cache(self.config, batch, max_length, self.numerics.dtype)
+        return family(self.config).new_cache(self.config, self.numerics, batch, max_length)
 
-    def compiled(self, cache: Cache, tokens: int, sampling: Sampling) -> Any:
+    def compiled(self, cache: Any, tokens: int, sampling: Sampling) -> Any:
         """The sampled step for T = `tokens`, compiled ahead for any seed; its cache argument is donated."""
         batch = cache.length.shape[0]
         sampling = dataclasses.replace(sampling, seed=0)
@@ -244,7 +243,7 @@ class Engine:
             raise InputError(f"rows of {length} tokens: expected at most {self.config.max_position_embeddings}")
         step, draft = self._scoring
         cache = self.cache(batch, length)
-        draft_cache = init_cache(self.config, batch, length, self.numerics.dtype, layers=1)
+        draft_cache = family(self.config).new_cache(self.config, self.numerics, batch, length, draft=True)
         logits, drafts = [], []
         for at in range(0, length, chunk):
             new = jnp.asarray(tokens[:, at : at + chunk], jnp.int32)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsjax.config import Config
+from dsjax.config import Config, V4Config
 from dsjax.errors import InputError
-from quant import E4M3, QArray, block_scaled_dot, fake_act_quant
+from quant import E2M1, E4M3, QArray, block_scaled_dot, fake_act_quant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +25,31 @@ class Numerics:
       mla: "absorbed", "naive", or "auto". The two forms are equal in plain, where auto takes the one with fewer
         operations; they differ in native, where auto is absorbed and never depends on the number of tokens.
       pow2: native's activation scales are powers of two (UE8M0: V3.1 on) instead of float32.
+      kv: how V4's cached keys are held: "auto", which is "fp8" in native and the activation dtype in plain, or "fp8" or
+        "bfloat16" (native only: without the rounding through E4M3 that the model was trained with; spec V4 4.2).
     """
 
     mode: str = "plain"
     dtype: str = "bfloat16"
     mla: str = "auto"
     pow2: bool = False
+    kv: str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("mode", ("plain", "native")),
             ("dtype", ("float32", "bfloat16")),
             ("mla", ("auto", "absorbed", "naive")),
+            ("kv", ("auto", "fp8", "bfloat16")),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"numerics {name}: expected {' or '.join(choices)}, found {getattr(self, name)!r}")
         if self.native and self.dtype != "bfloat16":
             raise InputError("--dtype float32 cannot be combined with --numerics native, which rounds to bfloat16")
+        if self.kv != "auto" and not self.native:
+            raise InputError(
+                f"--kv {self.kv} cannot be combined with --numerics plain, which never quantises the cache"
+            )
 
     def for_checkpoint(self, config: Config, weights: str = "stored") -> Numerics:
         """These numerics with the activation scales that the checkpoint was trained for.
@@ -57,11 +65,19 @@ class Numerics:
             raise InputError(
                 f"--weights {weights} cannot be combined with --numerics native, which multiplies the stored FP8 codes"
             )
-        return dataclasses.replace(self, pow2=config.quantization is not None and config.quantization.pow2)
+        pow2 = isinstance(config, V4Config) or (config.quantization is not None and config.quantization.pow2)
+        return dataclasses.replace(self, pow2=pow2)
 
     @property
     def native(self) -> bool:
         return self.mode == "native"
+
+    @property
+    def kv_format(self) -> str:
+        """The `RowFormat` kind of V4's cached keys."""
+        if self.kv != "auto":
+            return self.kv
+        return "fp8" if self.native else self.dtype
 
     def round(self, x: jax.Array) -> jax.Array:
         """float32 -> the activation dtype.
@@ -73,8 +89,8 @@ class Numerics:
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
     def operand(self, x: jax.Array, w: jax.Array | QArray) -> jax.Array:
-        """Activations as the product with `w` takes them: through E4M3 in native if w is FP8, else unchanged."""
-        if self.native and isinstance(w, QArray) and w.format == E4M3:
+        """Activations as the product with `w` takes them: through E4M3 in native if w is FP8 or FP4, else unchanged."""
+        if self.native and isinstance(w, QArray) and w.format in (E4M3, E2M1):
             return fake_act_quant(x, pow2=self.pow2)
         return x
 

@@ -20,8 +20,8 @@ from quant.matmul import (
     tile_dot,
     transposed_tile_dot,
 )
-from quant.qarray import WHOLE, QArray, dequantise, look_up, retile
-from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
+from quant.qarray import WHOLE, QArray, dequantise, look_up, retile, split_rows
+from quant.transforms import act_quant, fake_act_quant, fake_quantise, hadamard, quantise
 
 __all__ = [
     "BF16",
@@ -49,11 +49,13 @@ __all__ = [
     "group_tokens",
     "grouped_map",
     "grouped_matmul",
+    "hadamard",
     "look_up",
     "quantise",
     "reference_block_scaled_dot",
     "reference_dot",
     "retile",
+    "split_rows",
     "take_tile",
     "tile_dot",
     "transposed_tile_dot",

@@ -155,6 +155,29 @@ def retile(q: QArray, block: tuple[int, int]) -> QArray:
     return dataclasses.replace(q, scales=scales, block=new)
 
 
+def split_rows(w: jax.Array | QArray, parts: int) -> jax.Array | QArray:
+    """[..., N, K] -> [..., parts, N / parts, K]: a matrix as one more axis of matrices. Scale blocks cut by it become finer.
+
+    Raises:
+      ValueError: if `parts` does not divide N.
+    """
+    n = w.shape[-2]
+    if n % parts:
+        raise ValueError(f"{n} rows do not split into {parts} parts")
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(*a.shape[:-2], parts, -1, a.shape[-1])
+
+    if not isinstance(w, QArray):
+        return split(w)
+    if w.scales is None:
+        return dataclasses.replace(w, codes=split(w.codes))
+    bn = w.block[0] or n
+    if (n // parts) % bn:
+        w = retile(w, (math.gcd(bn, n // parts), w.block[1]))
+    return dataclasses.replace(w, codes=split(w.codes), scales=split(w.scales))
+
+
 def dequantise(q: QArray) -> jax.Array:
     """float32 [..., N, K] = decode(codes) * scales, each product rounded once. Differentiable in float32 scales."""
     codes = unpack(q.codes) if q.format.packed else q.codes

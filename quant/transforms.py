@@ -107,3 +107,14 @@ def fake_quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bo
     """dequantise(quantise(x)), float32 [..., N, K]; the gradient passes straight through."""
     stopped = jax.lax.stop_gradient(x)
     return _straight_through(x, dequantise(quantise(stopped, fmt, block, pow2=pow2)))
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    """TEMP"""
+    import numpy as np
+
+    n = x.shape[-1]
+    m = np.ones((1, 1), np.float32)
+    while m.shape[0] < n:
+        m = np.block([[m, m], [m, -m]])
+    return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), m, precision="highest") * n**-0.5

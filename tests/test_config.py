@@ -50,7 +50,7 @@ def test_v3_constants() -> None:
     config = load_config("deepseek-v3")
     assert config.softmax_scale == pytest.approx(0.1352337789, rel=1e-9)
     assert rope_magnitude(config) == 1.0
-    frequencies = rope_frequencies(config)
+    frequencies = rope_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)
     assert frequencies.shape == (32,) and frequencies.dtype == np.float32
     golden = {
         0: 1.0,
@@ -157,7 +157,7 @@ def places(data: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str
 def use(config: Config) -> None:
     """What a config that was taken must be good for, without a failure of arithmetic."""
     if config.qk_rope_head_dim < 1 << 12:
-        assert np.isfinite(rope_frequencies(config)).all()
+        assert np.isfinite(rope_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)).all()
     assert 0 < config.softmax_scale < float("inf")
     assert 0 < rope_magnitude(config) < float("inf")
     assert all(value >= 0 for value in accounting(config).values())

@@ -18,11 +18,11 @@ import pytest
 from helpers import SEED, counts, draft_of, emulated, golden, relative_norm, rng, step_of
 
 from dsjax.cache import init_cache
-from dsjax.layers.attention import Attention
+from dsjax.layers.attention import Attention, mla_rope_table
 from dsjax.layers.ffn import MoE, SwiGLU
 from dsjax.layers.gate import moe_gate
 from dsjax.layers.norm import add_norm, rms_norm
-from dsjax.layers.rope import rope, rope_table
+from dsjax.layers.rope import rope
 from dsjax.numerics import Numerics
 from quant import act_quant, block_scaled_dot
 
@@ -82,7 +82,7 @@ def test_rope(name: str) -> None:
     config, (_, raw) = golden(name).config, emulated(name)
     positions = np.array([0, 1, 2, 31, 100, 127, 1000, 4095])
     x = _bf16(len(positions), 3, config.qk_rope_head_dim, key=4)
-    table = rope_table(config, jnp.asarray(positions[None], jnp.int32))
+    table = mla_rope_table(config, jnp.asarray(positions[None], jnp.int32))
     frequencies = em.yarn_frequencies(raw)
     angles = positions[:, None].astype(np.float32) * frequencies
     np.testing.assert_allclose(table[0][0], np.cos(angles.astype(np.float64)), atol=4e-4)
@@ -170,7 +170,7 @@ def test_attention(name: str, form: str) -> None:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         valid = jnp.ones(x.shape[:2], bool)
         attention = Attention(config, numerics, params["attention"])
-        table = rope_table(config, positions)
+        table = mla_rope_table(config, positions)
         return attention(x, cache.latent, (0, 0), positions, valid, jnp.int32(1), table)[0]
 
     found, errors, others = _numpy(run(_jax(x))), [], []

@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from dsjax.cache import init_cache
 from dsjax.config import Config, parse_config
-from dsjax.layers.attention import Attention
+from dsjax.layers.attention import Attention, mla_rope_table
 from dsjax.layers.ffn import SwiGLU
-from dsjax.layers.rope import rope_table
 from dsjax.numerics import Numerics
 from dsjax.params import LINEAR, Row, leaf_shape, table
 from dsjax.presets import preset
@@ -159,7 +158,7 @@ def test_attention_from_local_shards(tp: int, form: str) -> None:
     def attention(config: Config, params: dict[str, Any], x: jax.Array, latent: jax.Array) -> Any:
         positions = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (2, 5))
         module = Attention(config, numerics, params)
-        valid, table_ = jnp.ones((2, 5), bool), rope_table(config, positions)
+        valid, table_ = jnp.ones((2, 5), bool), mla_rope_table(config, positions)
         return module(x, latent, (1, 1), positions, valid, jnp.int32(1), table_)
 
     def local(params: dict[str, Any], x: jax.Array, latent: jax.Array) -> Any:

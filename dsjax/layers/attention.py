@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from dsjax.cache import Latent, key_block, read_block, write
 from dsjax.config import V3Config
 from dsjax.layers.norm import rms_norm
-from dsjax.layers.rope import RopeTable, rope
+from dsjax.layers.rope import RopeTable, rope, rope_frequencies, rope_magnitude, rope_table
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
@@ -256,6 +256,12 @@ def naive_attention(
         return _einsum("bhts,bshu->bhtu", p, keys[1])
 
     return numerics.round(attend(load, score, value, positions, blocks, key_block(latent.shape[2]), h, u, numerics))
+
+
+def mla_rope_table(config: V3Config, positions: Int32[Array, "B T"]) -> RopeTable:
+    """cos and sin of MLA's rotary channels, float32 [B, T, R/2] each."""
+    frequencies = rope_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+    return rope_table(frequencies, positions, rope_magnitude(config))
 
 
 def choose_form(tokens: int, config: V3Config, numerics: Numerics) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,20 +11,34 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsjax.config import Config
-from dsjax.layers.gate import moe_gate
+from dsjax.config import Config, V4Config
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_map, ungroup
 
 
 def swiglu(
-    gate: Float[Array, "*batch M"], up: Float[Array, "*batch M"], numerics: Numerics
+    gate: Float[Array, "*batch M"],
+    up: Float[Array, "*batch M"],
+    numerics: Numerics,
+    limit: float | None = None,
+    weight: Float32[Array, "*batch 1"] | None = None,
 ) -> Float[Array, "*batch M"]:
-    """silu(gate) * up in float32, rounded once (spec V3 2.5)."""
+    """weight * silu(gate) * up in float32, rounded once (spec V3 2.5, V4 2.8).
+
+    Args:
+      gate, up: [..., M].
+      limit: V4's clamp, from above on the gate, from both sides on the other.
+      weight: float32 [..., 1], one if not given.
+    """
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     if numerics.native:  # DeepSeek's order of roundings
-        return numerics.round(gate / (1 + jnp.exp(-gate)) * up)
+        inner = gate / (1 + jnp.exp(-gate)) * up
+        return numerics.round(inner if weight is None else inner * weight)
+    if weight is not None:
+        up = up * weight
     # The division last: XLA:CPU never repeats one inside the product that follows, as it would a multiplication.
     return numerics.round(gate * up / (1 + jnp.exp(-gate)))
 
@@ -34,8 +49,9 @@ class SwiGLU(nnx.Module):
     Leaves, stacked over layers: gate, up [L, F, D] and down [L, D, F] (W for F in the shared expert).
     """
 
-    def __init__(self, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, numerics: Numerics, params: Tree, limit: float | None = None) -> None:
         self.numerics = numerics
+        self.limit = limit
         self.gate = nnx.Param(params["gate"])
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
@@ -43,12 +59,15 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"], layer: Any) -> Float[Array, "*batch D"]:
         """[..., D] -> [..., D]."""
         linear = self.numerics.linear
-        inner = swiglu(linear(x, self.gate[...], (layer,)), linear(x, self.up[...], (layer,)), self.numerics)
-        return linear(inner, self.down[...], (layer,))
+        gate, up = linear(x, self.gate[...], (layer,)), linear(x, self.up[...], (layer,))
+        return linear(swiglu(gate, up, self.numerics, self.limit), self.down[...], (layer,))
 
 
 class Experts(nnx.Module):
-    """The routed experts. Leaves: gate, up [L, E, M, D] and down [L, E, D, M]."""
+    """The routed experts. Leaves: gate, up [L, E, M, D] and down [L, E, D, M].
+
+    Routing weights multiply an expert's output in V2 and V3, and what its down projection takes in V4.
+    """
 
     def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
         self.config = config
@@ -77,43 +96,50 @@ class Experts(nnx.Module):
         experts = self.config.n_routed_experts
         groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
         gate, up, down = self.gate[...], self.up[...], self.down[...]
-        numerics = self.numerics
+        numerics, early = self.numerics, isinstance(self.config, V4Config)
+        limit = self.config.swiglu_limit if isinstance(self.config, V4Config) else None
 
-        def expert(rows: jax.Array, chosen: jax.Array) -> jax.Array:
+        def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array | None = None) -> jax.Array:
             def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
                 return numerics.round(expert_dot(x, w, chosen, (layer,)))
 
-            inner = swiglu(dot(rows, gate), dot(rows, up), numerics)
+            inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight)
             return dot(numerics.operand(inner, down), down)
 
         operand = numerics.operand(x, gate)
-        outputs = grouped_map(expert, operand, groups, experts_at_once(groups, (gate, up, down), operand.dtype))
+        at_once = experts_at_once(groups, (gate, up, down), operand.dtype)
+        outputs = grouped_map(expert, operand, groups, at_once)
         picked = ungroup(outputs, groups)
+        if early and False:
+            return picked.astype(jnp.float32).sum(axis=1)
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
         return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
 
 
+Gate = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+"""Router logits, float32 [T, E] -> choices int32 [T, k] and weights float32 [T, k]."""
+
+
 class MoE(nnx.Module):
-    """Routed experts plus the shared expert, which has weight one (spec V3 2.6).
+    """Routed experts plus the shared expert, which has weight one (spec V3 2.6, V4 2.8).
 
     No data flows between the two until they are added, so a scheduler may run them side by side.
     """
 
     def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
-        self.config = config
         self.numerics = numerics
         self.router = nnx.Param(params["router"]["weight"])
-        self.bias = nnx.Param(params["router"]["bias"]) if "bias" in params["router"] else None
-        self.shared = SwiGLU(numerics, params["shared"])
+        limit = config.swiglu_limit if isinstance(config, V4Config) else None
+        self.shared = SwiGLU(numerics, params["shared"], limit)
         self.experts = Experts(config, numerics, params["experts"])
 
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any, gate: Gate
+    ) -> Float[Array, "B T D"]:
         """[B, T, D] -> [B, T, D], rounded once after everything is added in float32."""
         flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            scores = block_scaled_dot(flat, self.router[...], (layer,))
-            bias = None if self.bias is None else self.bias[...][layer]
-            choices, weights = moe_gate(scores, bias, self.config)
+            choices, weights = gate(block_scaled_dot(flat, self.router[...], (layer,)))
         with jax.named_scope("experts"):
             routed = self.experts(flat, choices, weights, valid.reshape(-1), layer)
         with jax.named_scope("shared"):

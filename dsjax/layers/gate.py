@@ -7,7 +7,31 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from dsjax.config import V3Config
+from dsjax.config import V3Config, V4Config
+
+
+def sqrtsoftplus_gate(
+    scores: Float32[Array, "T E"],
+    bias: Float32[Array, " E"] | None,
+    choices: Int32[Array, "T k"] | None,
+    config: V4Config,
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """V4's routing in float32 (spec V4 2.7): no groups; weights are shares of sqrt(softplus(score)).
+
+    Args:
+      scores: float32 [T, E], router logits.
+      bias: float32 [E], added for the choice only; None where experts are chosen by token id.
+      choices: int32 [T, k], the experts chosen by token id; None where scores choose.
+
+    Returns:
+      choices int32 [T, k] and weights float32 [T, k].
+    """
+    g = jnp.sqrt(jax.nn.softplus(scores.astype(jnp.float32)))
+    if choices is None:
+        assert bias is not None
+        choices = lax.top_k(g + bias, config.num_experts_per_tok)[1]
+    weights = jnp.take_along_axis(g, choices, axis=-1)
+    return choices, weights / weights.sum(axis=-1, keepdims=True) * config.routed_scaling_factor
 
 
 def moe_gate(

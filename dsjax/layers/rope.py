@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from dsjax.config.v3 import V3Config, yarn_magnitude
+from dsjax.config import V3Config, Yarn
+from dsjax.config.v3 import yarn_magnitude
 
 
-def rope_frequencies(config: V3Config) -> np.ndarray:
-    """Radians per position of each pair, float32 [R/2] (spec V3 2.2); the same at every length."""
-    d, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
+def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarray:
+    """Radians per position of each pair, float32 [channels/2]; the same at every length (spec V3 2.2, V4 2.0)."""
+    d = channels
     plain = theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
     if yarn is None:
         return plain.astype(np.float32)
@@ -41,11 +42,18 @@ RopeTable = tuple[Float32[Array, "B T half"], Float32[Array, "B T half"]]
 """cos and sin of every position and pair."""
 
 
-def rope_table(config: V3Config, positions: Int[Array, "B T"]) -> RopeTable:
-    """cos and sin, float32 [B, T, R/2], for int32 positions [B, T]; made once per step, not per layer."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    magnitude = rope_magnitude(config)
+def rope_table(frequencies: np.ndarray, positions: Int[Array, "B T"], magnitude: float = 1.0) -> RopeTable:
+    """cos and sin, float32 [B, T, R/2], for int32 positions [B, T]; made once per step, not per layer.
+
+    Angles are float32 products, as in DeepSeek's code: at position 1e6 anything more exact would differ visibly.
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def inverse(table: RopeTable) -> RopeTable:
+    """The table that turns back."""
+    return table[0], -table[1]
 
 
 def rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float32[Array, "B T *H R"]:
@@ -60,3 +68,9 @@ def rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float32[Array, "B T *
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape)
+
+
+def rope_tail(x: Float[Array, "B T *H U"], table: RopeTable) -> Float32[Array, "B T *H U"]:
+    """Rotates the last channels of vectors laid out [nope | rope], as many as the table has (spec V4 2.0)."""
+    nope = x.shape[-1] - 2 * table[0].shape[-1]
+    return jnp.concatenate([x[..., :nope].astype(jnp.float32), rope(x[..., nope:], table)], axis=-1)

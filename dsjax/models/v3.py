@@ -7,6 +7,7 @@ passed as scan inputs they would be copied a layer at a time. The cache rides in
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,15 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dsjax.cache import Cache, key_block
+from dsjax.cache import Cache, init_cache, key_block
 from dsjax.config import V3Config
-from dsjax.layers.attention import Attention
+from dsjax.layers.attention import Attention, mla_rope_table
 from dsjax.layers.ffn import MoE, SwiGLU
+from dsjax.layers.gate import moe_gate
 from dsjax.layers.norm import add_norm, rms_norm
-from dsjax.layers.rope import rope_table
+from dsjax.models import ends
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, block_scaled_dot, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _call(config: V3Config, cache: Cache, tokens: int, n_new: jax.Array) -> _Cal
         positions=positions,
         valid=offsets < n_new[:, None],
         blocks=jnp.maximum(1, (filled + keys - 1) // keys).astype(jnp.int32),
-        table=rope_table(config, positions),
+        table=mla_rope_table(config, positions),
     )
 
 
@@ -57,6 +58,7 @@ class Stack(nnx.Module):
         self.input_norm = nnx.Param(params["input_norm"])
         self.post_norm = nnx.Param(params["post_norm"])
         self.attention = Attention(config, numerics, params["attention"])
+        self.bias = nnx.Param(params["router"]["bias"]) if "bias" in params.get("router", {}) else None
         if "experts" in params:
             self.ffn: MoE | SwiGLU = MoE(config, numerics, params)
         else:
@@ -78,7 +80,8 @@ class Stack(nnx.Module):
             with jax.named_scope("norm"):
                 residual, x = add_norm(residual, delta, post_norm[i], eps, self.numerics)
             if isinstance(self.ffn, MoE):
-                delta = self.ffn(x, call.valid, i)
+                bias = None if self.bias is None else self.bias[...][i]
+                delta = self.ffn(x, call.valid, i, partial(moe_gate, bias=bias, config=self.config))
             else:
                 with jax.named_scope("dense"):
                     delta = self.ffn(x, i)
@@ -86,23 +89,6 @@ class Stack(nnx.Module):
 
         carry, _ = lax.scan(layer, (residual, delta, latent), jnp.arange(input_norm.shape[0]))
         return carry
-
-
-@jax.named_scope("embed")
-def _embed(embed: jax.Array | QArray, tokens: jax.Array, numerics: Numerics) -> jax.Array:
-    """Rows of the embedding table, [B, T, D] in the activation dtype."""
-    return numerics.round(look_up(embed, tokens) if isinstance(embed, QArray) else embed[tokens])
-
-
-@jax.named_scope("head")
-def _logits(hidden: jax.Array, head: jax.Array | QArray, n_new: jax.Array, want: str) -> jax.Array | None:
-    """Of the "last" real position [B, V], of "all" [B, T, V], or "none"."""
-    if want == "none":
-        return None
-    if want == "last":
-        last = jnp.maximum(n_new - 1, 0)
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return block_scaled_dot(hidden, head)
 
 
 class V3(nnx.Module):
@@ -122,14 +108,13 @@ class V3(nnx.Module):
         self, cache: Cache, tokens: jax.Array, n_new: jax.Array, want: str
     ) -> tuple[jax.Array | None, jax.Array, Cache]:
         call = _call(self.config, cache, tokens.shape[1], n_new)
-        residual = _embed(self.embed[...], tokens, self.numerics)
+        residual = ends.embed(self.embed[...], tokens, self.numerics)
         delta, latent = jnp.zeros_like(residual), cache.latent
         for stack in (self.dense, self.moe):
             if stack is not None:
                 residual, delta, latent = stack(residual, delta, latent, call)
         _, hidden = add_norm(residual, delta, self.norm[...], self.config.rms_norm_eps, self.numerics)
-        logits = _logits(hidden, self.head[...], n_new, want)
-        return logits, hidden, Cache(latent, cache.length + n_new)
+        return ends.logits(hidden, self.head[...], n_new, want), hidden, Cache(latent, cache.length + n_new)
 
 
 class MTP(nnx.Module):
@@ -152,7 +137,7 @@ class MTP(nnx.Module):
     ) -> tuple[jax.Array | None, jax.Array, Cache]:
         eps, numerics = self.config.rms_norm_eps, self.numerics
         call = _call(self.config, cache, tokens.shape[1], n_new)
-        embedding = _embed(self.embed[...], tokens, numerics)
+        embedding = ends.embed(self.embed[...], tokens, numerics)
         # Embedding first: the released weights expect it so, against the paper's equation (spec V3 2.7).
         joined = jnp.concatenate(
             [
@@ -164,8 +149,12 @@ class MTP(nnx.Module):
         residual = numerics.linear(joined, self.projection[...], (0,))
         residual, delta, latent = self.stack(residual, jnp.zeros_like(residual), cache.latent, call)
         _, out = add_norm(residual, delta, self.norm[...][0], eps, numerics)
-        logits = _logits(out, self.head[...], n_new, want)
-        return logits, out, Cache(latent, cache.length + n_new)
+        return ends.logits(out, self.head[...], n_new, want), out, Cache(latent, cache.length + n_new)
+
+
+def new_cache(config: V3Config, numerics: Numerics, batch: int, max_length: int, *, draft: bool = False) -> Cache:
+    """An empty cache for `step`, or for `draft`; see `dsjax.cache.init_cache`."""
+    return init_cache(config, batch, max_length, numerics.dtype, layers=1 if draft else None)
 
 
 def step(

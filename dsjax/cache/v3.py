@@ -51,6 +51,14 @@ class Cache:
         return self.latent.shape[2]
 
 
+def round_capacity(max_length: int) -> int:
+    """Positions for `max_length` tokens and SPARE more: few distinct numbers, so that lengths share compiled programs."""
+    capacity = max_length + SPARE
+    if capacity > KEY_BLOCK:
+        return -(-capacity // KEY_BLOCK) * KEY_BLOCK
+    return 1 << max(capacity - 1, 31).bit_length()
+
+
 def init_cache(config: V3Config, batch: int, max_length: int, dtype: str, *, layers: int | None = None) -> Cache:
     """An empty cache.
 
@@ -61,12 +69,7 @@ def init_cache(config: V3Config, batch: int, max_length: int, dtype: str, *, lay
       dtype: "float32" or "bfloat16".
       layers: number of layers, by default the model's; 1 for an MTP module.
     """
-    capacity = max_length + SPARE
-    # Few distinct capacities, so that lengths that differ a little share one compiled program.
-    if capacity > KEY_BLOCK:
-        capacity = -(-capacity // KEY_BLOCK) * KEY_BLOCK
-    else:
-        capacity = 1 << max(capacity - 1, 31).bit_length()
+    capacity = round_capacity(max_length)
     layers = config.num_hidden_layers if layers is None else layers
     shape = (layers, batch, capacity, config.latent_dim)
     latent = jnp.zeros(shape, jnp.float32 if dtype == "float32" else jnp.uint16)

@@ -1,0 +1,90 @@
+"""How one cached vector is held: as it is, as bfloat16 bits, or as DeepSeek's FP8 and FP4 codes with their scales.
+
+A row is one stretch of one unsigned type, so that a cache array is written by one scatter and read by one slice or
+gather, and no backend widens more of it than is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+
+from quant import E2M1, E4M3, E8M0, QArray, act_quant, dequantise, quantise
+from quant.formats import BF16, decode, encode, encode_e8m0_ceil
+
+KV_GROUP = 64
+"""Channels of a KV row that share a scale (spec V4 4.2)."""
+
+INDEX_GROUP = 32
+"""Channels of an indexer key that share a scale (spec V4 4.3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """One way to hold vectors of `channels` values, of which the last `rope` are rotary.
+
+    Attributes:
+      kind: "float32"; "bfloat16" (its bits); "fp8": E4M3 codes and UE8M0 scales per 64 channels, the rotary channels
+        bfloat16, 583 bytes for 448 + 64 channels; "fp4": E2M1 codes and UE8M0 scales per 32 channels, 68 bytes for 128.
+      channels, rope: sizes.
+    """
+
+    kind: str
+    channels: int
+    rope: int = 0
+
+    @property
+    def nope(self) -> int:
+        return self.channels - self.rope
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the row's elements."""
+        return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.uint16}.get(self.kind, jnp.uint8))
+
+    @property
+    def width(self) -> int:
+        """Elements in a row."""
+        if self.kind == "fp8":
+            return self.nope + 2 * self.rope + -(-self.nope // KV_GROUP)
+        if self.kind == "fp4":
+            return -(-self.channels // 2) + -(-self.channels // INDEX_GROUP)
+        return self.channels
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.dtype.itemsize
+
+    def encode(self, x: Float[Array, "*batch channels"]) -> Shaped[Array, "*batch width"]:
+        """Values, already rounded to the activation dtype, as rows."""
+        if self.kind == "float32":
+            return x.astype(jnp.float32)
+        if self.kind == "bfloat16":
+            return encode(x, BF16)
+        if self.kind == "fp4":
+            q = quantise(x[..., None, :], E2M1, (1, INDEX_GROUP), pow2=True)
+            return jnp.concatenate([q.codes[..., 0, :], q.scales[..., 0, :]], axis=-1)
+        codes, scales = act_quant(x[..., : self.nope], pow2=True, group=KV_GROUP)
+        bits = encode(x[..., self.nope :], BF16)
+        rope = lax.bitcast_convert_type(bits, jnp.uint8).reshape(*x.shape[:-1], 2 * self.rope)
+        return jnp.concatenate([codes, rope, encode_e8m0_ceil(scales)], axis=-1)
+
+    def decode(self, rows: Shaped[Array, "*batch width"]) -> Float[Array, "*batch channels"]:
+        """What rows stand for: float32, or bfloat16 for everything narrower, which holds it exactly."""
+        if self.kind == "float32":
+            return rows
+        if self.kind == "bfloat16":
+            return lax.bitcast_convert_type(rows, jnp.bfloat16)
+        if self.kind == "fp4":
+            at = -(-self.channels // 2)
+            q = QArray(rows[..., None, :at], rows[..., None, at:], E2M1, (1, INDEX_GROUP))
+            return dequantise(q)[..., 0, : self.channels].astype(jnp.bfloat16)
+        end = self.nope + 2 * self.rope
+        scales = jnp.repeat(decode(rows[..., end:], E8M0), KV_GROUP, axis=-1)[..., : self.nope]
+        nope = (decode(rows[..., : self.nope], E4M3) * scales).astype(jnp.bfloat16)
+        pairs = rows[..., self.nope : end].reshape(*rows.shape[:-1], self.rope, 2)
+        return jnp.concatenate([nope, lax.bitcast_convert_type(pairs, jnp.bfloat16)], axis=-1)

@@ -1,0 +1,88 @@
+"""The lightning indexer: which compressed entries a query of a CSA layer reads (spec V4 2.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from dsjax.cache.rows import RowFormat
+from dsjax.cache.v4 import Rows, entry_block, read_entries
+from dsjax.numerics import Numerics
+
+SCAN_BYTES = 8 << 20
+"""Of scores per head that one step of the scan makes, at most."""
+
+
+def index_scores(
+    q: Float[Array, "B T I X"], weights: Float[Array, "B T I"], keys: Float[Array, "B S X"], numerics: Numerics
+) -> Float32[Array, "B T S"]:
+    """I[t, s] = sum_h weights[t, h] relu(q[t, h] . keys[s]).
+
+    In native, products, their weighted values and the sum are rounded to bfloat16, as DeepSeek's code does; exact ties
+    are then common.
+
+    Args:
+      q: [B, T, heads, X]; weights: [B, T, heads], already scaled; keys: [B, entries, X].
+    """
+    precision = None if q.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    s = jnp.einsum("btix,bsx->btis", q, keys, precision=precision, preferred_element_type=jnp.float32)
+    if not numerics.native:
+        return jnp.einsum("btis,bti->bts", jax.nn.relu(s), weights.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    s = jax.nn.relu(_bfloat16(s))
+    return _bfloat16(_bfloat16(s * weights[..., None].astype(jnp.float32)).sum(axis=2))
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    """float32 rounded to bfloat16's values."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def top_entries(
+    q: Float[Array, "B T I X"],
+    weights: Float[Array, "B T I"],
+    keys: Rows,
+    layer: Any,
+    visible: Int32[Array, "B T"],
+    k: int,
+    row: RowFormat,
+    numerics: Numerics,
+) -> Int32[Array, "B T k"]:
+    """Numbers of the k visible entries with the highest scores, -1 where fewer are visible; of equal scores the older.
+
+    Keys are scanned block by block beside the best so far: work grows with the entries that the longest sequence has,
+    memory with neither.
+
+    Args:
+      q, weights: of `index_scores`.
+      keys: [L, B, entries, width] rows of indexer keys.
+      layer: index into them.
+      visible: int32 [B, T]; entries below it may be chosen.
+      k: index_topk, less than the number of places.
+      row: how keys are held.
+    """
+    b, t = visible.shape
+    size = entry_block(keys.shape[2])
+    # Wider steps spread the cost of the selection.
+    steps = max(1, min(SCAN_BYTES // (4 * b * t * q.shape[2] * size), keys.shape[2] // (2 * size)))
+    while (keys.shape[2] // size) % steps:
+        steps -= 1
+    del steps  # one block a step, for now
+    most = jnp.max(visible)
+
+    def body(j: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        block = row.decode(read_entries(keys, layer, j, jnp.broadcast_to(most, (b,))))
+        numbers = j * size + jnp.arange(size, dtype=jnp.int32)
+        scores = index_scores(q, weights, block, numerics)
+        scores = jnp.where(numbers < visible[..., None], scores, -jnp.inf)
+        values = jnp.concatenate([best[0], scores], axis=-1).reshape(b * t, -1)
+        names = jnp.concatenate([best[1], jnp.broadcast_to(numbers, scores.shape)], axis=-1).reshape(b * t, -1)
+        top, at = lax.top_k(values, k)
+        return top.reshape(b, t, k), jnp.take_along_axis(names, at, axis=-1).reshape(b, t, k)
+
+    start = jnp.full((b, t, k), -jnp.inf), jnp.full((b, t, k), -1, jnp.int32)
+    scores, chosen = lax.fori_loop(0, (most + size - 1) // size, body, start)
+    return jnp.where(scores > -jnp.inf, chosen, -1)
