@@ -66,7 +66,8 @@ class Policy:
 
     def einsum(self, subscripts: str, a: Array, b: Array) -> Array:
         """Dot products with float32 result, summed in `accumulate`; nothing is rounded to BF16."""
-        return f32(np.einsum(subscripts, a.astype(self.accumulate), b.astype(self.accumulate), optimize=True))
+        a, b = a.astype(self.accumulate), b.astype(self.accumulate)
+        return f32(np.einsum(subscripts, a, b, optimize=bool(a.size and b.size)))  # optimize fails on empty ones
 
     def sum(self, x: Array, axis: int = -1) -> Array:
         """x float32 -> its sums along `axis`, kept with size 1, float32."""
@@ -94,7 +95,12 @@ class Stored:
 def groups(x: Array, size: int) -> Array:
     """x [..., K] -> [..., ceil(K / size), size], the last one filled up with zeros, which change no amax."""
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
-    return padded.reshape(*x.shape[:-1], -1, size)
+    return padded.reshape(*x.shape[:-1], -(-x.shape[-1] // size), size)
+
+
+def ungroup(grouped: Array, size: int) -> Array:
+    """[..., G, group] -> its first channels [..., size]."""
+    return grouped.reshape(*grouped.shape[:-2], grouped.shape[-2] * grouped.shape[-1])[..., :size]
 
 
 def per_channel(scales: Array, group: int, size: int) -> Array:
@@ -118,7 +124,7 @@ def act_quant(x: Array, group: int = GROUP) -> tuple[Array, Array]:
     grouped = groups(f32(x), group)
     scales = power_of_two_scale(np.abs(grouped).max(-1), 448, 1e-4)
     codes = e4m3_encode(grouped / scales[..., None])
-    return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales
+    return ungroup(codes, x.shape[-1]), scales
 
 
 def act_fake_quant(x: Array, group: int = GROUP) -> Array:
@@ -150,7 +156,7 @@ def fp4_quant(x: Array, group: int = FP4_GROUP) -> tuple[Array, Array]:
     grouped = groups(f32(x), group)
     scales = power_of_two_scale(np.abs(grouped).max(-1), 6, 6 * 2.0**-126)
     codes = fp4_encode(grouped / scales[..., None])
-    return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scales
+    return ungroup(codes, x.shape[-1]), scales
 
 
 def fp4_fake_quant(x: Array, group: int = FP4_GROUP) -> tuple[Array, Array, Array]:
@@ -358,15 +364,16 @@ def pool(x: Array, weights: Weights, ratio: int, size: int, policy: Policy = NAT
     channels serves the next entry, the second half the current one.
     """
     entries, overlap = len(x) // ratio, weights["ape"].shape[-1] == 2 * size
-    x = x[: entries * ratio]
-    k, z = (policy.einsum("ti,oi->to", f32(x), f32(weights[name + ".weight"])) for name in ("wkv", "wgate"))
-    k, z = k.reshape(entries, ratio, -1), z.reshape(entries, ratio, -1) + f32(weights["ape"])
-    if overlap:
-        none = np.zeros((min(entries, 1), ratio, size), np.float32)  # before the first window: weight exactly 0
+    x = f32(x[: entries * ratio])
+    k, z = (policy.einsum("ti,oi->to", x, f32(weights[name + ".weight"])) for name in ("wkv", "wgate"))
+    k, z = (a.reshape(entries, *weights["ape"].shape) for a in (k, z))
+    z = z + f32(weights["ape"])
+    if overlap and entries:
+        none = np.zeros((1, ratio, size), np.float32)  # before the first window: weight exactly 0
         k = np.concatenate([np.concatenate([none, k[:-1, :, :size]]), k[:, :, size:]], 1)
         z = np.concatenate([np.concatenate([none - np.float32(np.inf), z[:-1, :, :size]]), z[:, :, size:]], 1)
     e = np.exp(z - z.max(1, keepdims=True))
-    return policy.sum(e / policy.sum(e, 1) * k, 1)[:, 0]
+    return policy.sum(e / policy.sum(e, 1) * k, 1)[:, 0, :size]
 
 
 def compressor(
