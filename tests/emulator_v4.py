@@ -289,7 +289,7 @@ def rope(x: Array, positions: Array, freqs: Array, policy: Policy = NATIVE, inve
     """
     nope, pe = np.split(f32(x), [x.shape[-1] - 2 * len(freqs)], -1)
     angle = f32(positions)[:, None] * f32(freqs)
-    angle = angle.reshape(len(x), *[1] * (x.ndim - 2), -1).astype(np.float64)  # cos and sin to the last bit
+    angle = angle.reshape(len(x), *[1] * (x.ndim - 2), len(freqs)).astype(np.float64)  # cos and sin to the last bit
     cos, sin, even, odd = f32(np.cos(angle)), f32(np.sin(angle)), pe[..., 0::2], pe[..., 1::2]
     sin = -sin if inverse else sin
     turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(pe.shape)
@@ -543,7 +543,7 @@ def attention(
     positions = np.arange(T) if positions is None else positions
     qr, q = attention_query(x, weights, config, ratio, positions, policy)
     keys = attention_kv(x, weights, config, ratio, positions, policy)
-    slots, scores = window_slots(T, config["sliding_window"]), None
+    slots, scores, chosen = window_slots(T, config["sliding_window"]), None, None
     if ratio:
         entries = compressor(x, scope(weights, "compressor."), config, ratio, positions, policy)
         size = len(entries)
@@ -554,12 +554,11 @@ def attention(
             chosen = visible(T, ratio)
         if selected is not None:
             assert selected.shape == chosen.shape, (selected.shape, chosen.shape)
-            size = max(size, int(selected.sum(-1).max(initial=0)))
-        selected = chosen if selected is None else selected
-        slots = np.concatenate([slots, entry_slots(selected, T, size, scores)], -1)
+            chosen, size = selected, max(size, int(selected.sum(-1).max(initial=0)))
+        slots = np.concatenate([slots, entry_slots(chosen, T, size, scores)], -1)
         keys = np.concatenate([keys, entries])
     o = attention_core(q, keys, slots, weights["attn_sink"], policy)
-    return attention_output(o, weights, config, ratio, positions, policy), selected
+    return attention_output(o, weights, config, ratio, positions, policy), chosen
 
 
 # --------------------------------------------------------------------------------------------- gate and MoE (2.7, 2.8)
