@@ -52,7 +52,7 @@ class Cache:
 
 
 def round_capacity(max_length: int) -> int:
-    """Positions for `max_length` tokens and SPARE more: few distinct numbers, so that lengths share compiled programs."""
+    """Positions for `max_length` tokens and SPARE more; few distinct numbers, so that lengths share programs."""
     capacity = max_length + SPARE
     if capacity > KEY_BLOCK:
         return -(-capacity // KEY_BLOCK) * KEY_BLOCK

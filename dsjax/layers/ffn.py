@@ -96,7 +96,7 @@ class Experts(nnx.Module):
         experts = self.config.n_routed_experts
         groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
         gate, up, down = self.gate[...], self.up[...], self.down[...]
-        numerics, early = self.numerics, isinstance(self.config, V4Config)
+        numerics = self.numerics
         limit = self.config.swiglu_limit if isinstance(self.config, V4Config) else None
 
         def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -110,8 +110,6 @@ class Experts(nnx.Module):
         at_once = experts_at_once(groups, (gate, up, down), operand.dtype)
         outputs = grouped_map(expert, operand, groups, at_once)
         picked = ungroup(outputs, groups)
-        if early and False:
-            return picked.astype(jnp.float32).sum(axis=1)
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
         return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
 

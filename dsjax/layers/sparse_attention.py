@@ -263,7 +263,7 @@ class SparseAttention:
     def _window(
         self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], size: int, padded: int, call: Call
     ) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-        """first query -> (keys [B, R + W - 1 + size, U], bool [B, size, ...]): what `size` queries see of the window."""
+        """first query -> (keys [B, S, U], bool [B, size, S]): what `size` queries see of the window."""
         back = self.config.sliding_window - 1
         old = ring_positions(call.start, ring.shape[1])
         kept = (old >= 0) & (old > call.start[:, None] - 1 - back)
@@ -364,7 +364,7 @@ class SparseAttention:
         return q, numerics.round(weights)
 
     def _output(self, out: Float[Array, "B T H U"]) -> Float[Array, "B T D"]:
-        """The grouped low-rank projection (spec V4 2.3, step 8): each group of heads by its own matrix, then together."""
+        """The grouped low-rank projection: each group of heads by its own matrix, then together (spec V4 2.3, step 8)."""
         config, numerics = self.config, self.numerics
         b, t = out.shape[:2]
         g = config.o_groups

@@ -121,9 +121,7 @@ class Layers(nnx.Module):
         before = [name for kind in self.kinds[:layer] for name in kind.stacks]
         return {name: before.count(name) for name in self.kinds[layer].stacks}
 
-    def _layer(
-        self, carry: Carry, call: Call, kind: Kind, layer: Any, places: dict[str, Any]
-    ) -> Carry:
+    def _layer(self, carry: Carry, call: Call, kind: Kind, layer: Any, places: dict[str, Any]) -> Carry:
         """One layer: attention and experts, each between a reading and a writing of the streams (spec V4 2.1)."""
         config, numerics = self.config, self.numerics
         params, index = self.params["layers"], (layer,)
