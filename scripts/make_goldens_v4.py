@@ -38,7 +38,7 @@ from make_goldens import (
     quantise,
     write_shards,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -61,7 +61,7 @@ class Geometry:
     covers: str
     config: Mapping[str, Any]
     storage: Literal["official", "hf", "hf-names"] = "official"
-    """official: DeepSeek's names, FP8 and FP4; hf: as `save_pretrained` writes by default; hf-names: module names."""
+    """official: DeepSeek's names, FP8 and FP4; hf: what `save_pretrained` writes; hf-names: module names."""
     experts: Literal["fp4", "fp8"] = "fp4"
     scales: Literal["ue8m0-f32", "e8m0", "u8"] = "e8m0"
     """Container of the power-of-two scales."""
@@ -100,6 +100,16 @@ SHORT_YARN = {
     "max_position_embeddings": 1024,
     "rope_scaling": {**COMMON["rope_scaling"], "original_max_position_embeddings": 64},
 }
+DSPARK = {
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 8,
+    "dspark_noise_token_id": 95,
+    "dspark_target_layer_ids": [0, 1],
+}
+VISION = json.loads("""{
+    "vision_dim": 16, "vision_downsample_ratio": 3, "vision_inter_dim": 24, "vision_max_n_token": 384,
+    "vision_max_wh_ratio": 8, "vision_min_pixels": 147456, "vision_n_heads": 2, "vision_n_layers": 1,
+    "vision_patch_size": 2, "vision_rope_theta": 10000}""")
 
 GEOMETRIES: dict[str, Geometry] = {
     "v4-flash": Geometry(
@@ -121,6 +131,47 @@ GEOMETRIES: dict[str, Geometry] = {
         mtp="full",
         shards=2,
         seed=2,
+    ),
+    "v4-base": Geometry(
+        "FP8 experts with partial 128x128 blocks, power-of-two scales held in F32, no expert_dtype; swiglu_limit 1; "
+        "MTP with an embedding and a head of its own, to be ignored",
+        {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "hidden_size": 72, "moe_intermediate_size": 136}
+        | {"n_routed_experts": 3, "swiglu_limit": 1.0, "sliding_window": 16},
+        experts="fp8",
+        scales="ue8m0-f32",
+        mtp="copies",
+        length=150,
+        seed=3,
+    ),
+    "v4-u8": Geometry(
+        "FP4 experts, U8 scales; in mtp.0 - 2 another draft module (DSpark), and a vision tower, both to be ignored",
+        {"compress_ratios": [128, 4, 0, 0, 0], "num_hidden_layers": 2, "hidden_size": 96, "expert_dtype": "fp4"}
+        | {"n_routed_experts": 4, "sliding_window": 16, **SHORT_YARN, **DSPARK, **VISION},
+        scales="u8",
+        mtp="dspark",
+        vision=True,
+        length=150,
+        seed=4,
+    ),
+    "v4-hf": Geometry(
+        "BF16 and F32 as Hugging Face's save_pretrained writes: its config.json, names nearly the official ones; "
+        "no MTP; 2 shards",
+        {"compress_ratios": [0, 128, 4, 0], "head_dim": 32, "qk_rope_head_dim": 8, "index_head_dim": 16}
+        | {"n_routed_experts": 5, "sliding_window": 16, **SHORT_YARN},
+        storage="hf",
+        shards=2,
+        length=150,
+        seed=5,
+    ),
+    "v4-hf-names": Geometry(
+        "F32 as Hugging Face's save_pretrained writes under its module names, experts stacked; no MTP",
+        {"compress_ratios": [0, 4, 128, 0], "head_dim": 32, "qk_rope_head_dim": 8, "index_head_dim": 16}
+        | {"hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24, "q_lora_rank": 24}
+        | {"o_lora_rank": 16, "n_routed_experts": 5, "sliding_window": 16, **SHORT_YARN},
+        storage="hf-names",
+        dtype="f32",
+        length=150,
+        seed=6,
     ),
 }
 
@@ -159,9 +210,11 @@ RENAMES = [
     (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),
     (r"\.shared_experts\.up_proj\.", ".shared_experts.w3."),
 ]
-FP8 = re.compile(r"\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|shared_experts\.w[123]|e_proj|h_proj)\.weight$")
+FP8 = re.compile(
+    r"\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|shared_experts\.w[123]|e_proj|h_proj|main_proj)\.weight$"
+)
 EXPERT = re.compile(r"\.experts\.\d+\.w[123]\.weight$")
-FLOAT32 = re.compile(r"hc_(attn|ffn|head)_(fn|base|scale)$|\.attn_sink$|\.ape$|\.gate\.bias$")
+FLOAT32 = re.compile(r"hc_(attn|ffn|head)_(fn|base|scale)$|\.attn_sink$|\.ape$|\.gate\.bias(_vl)?$")
 
 
 def official_name(name: str) -> str:
@@ -270,7 +323,7 @@ def draw(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int
         value = noise / np.sqrt(shape[1])
     elif name.endswith("attn_sink"):
         value = 2 + noise
-    elif name.endswith("gate.bias"):
+    elif name.endswith((".bias", ".bias_vl")):
         value = 0.15 * noise
     elif name.endswith(("kv_norm.weight", "compressor.norm.weight")):  # so that attention is not nearly uniform
         value = 1.5 * (1 + 0.2 * noise)
@@ -280,6 +333,8 @@ def draw(name: str, shape: tuple[int, ...], config: Mapping[str, Any], seed: int
         value = noise
     elif "norm." in name:
         value = 1 + 0.2 * noise
+    elif len(shape) == 1:
+        value = noise
     else:
         gain = next((g for key, g in GAINS.items() if f"{key}.weight" in name), 1.0)
         tiles = np.exp(0.5 * rng.standard_normal([-(-n // 32) for n in shape]))  # so that block scales differ
@@ -317,12 +372,14 @@ def quantise_fp4(weight: torch.Tensor, scales: str) -> tuple[torch.Tensor, torch
 
 def store(name: str, value: torch.Tensor, geometry: Geometry) -> Tensors:
     """Returns the official tensors of one value: cast, or codes and scales."""
+    if value.dtype == torch.int64 or FLOAT32.search(name):
+        return {name: value}
+    if geometry.storage != "official":
+        return {name: value if geometry.dtype == "f32" or "norm." in name else value.to(torch.bfloat16)}
     fp4 = EXPERT.search(name) and geometry.experts == "fp4"
     if fp4 or EXPERT.search(name) or FP8.search(name):
         codes, scale = (quantise_fp4 if fp4 else quantise)(value, geometry.scales)
         return {name: codes, name.removesuffix("weight") + "scale": scale}
-    if FLOAT32.search(name) or value.dtype == torch.int64:
-        return {name: value}
     return {name: value.to(torch.bfloat16)}
 
 
@@ -343,6 +400,33 @@ def values_of(stored: Tensors) -> Tensors:
         else:
             values[name] = tensor.to(torch.float32) * per_block(scale_values(scale), tensor.shape)
     return values
+
+
+def to_ignore(geometry: Geometry, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Lists official tensors (name, shape) that play no part in the reference: of draft modules and a vision tower."""
+    hidden, vocab, experts = config["hidden_size"], config["vocab_size"], config["n_routed_experts"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if geometry.mtp == "copies":  # they hold other values than the main model's, so that using them shows
+        shapes |= {f"mtp.0.{name}.weight": (vocab, hidden) for name in ("emb.tok_emb", "head")}
+    if geometry.mtp == "dspark":
+        rank, targets = config["dspark_markov_rank"], len(config["dspark_target_layer_ids"])
+        shapes |= {"mtp.0.main_proj.weight": (hidden, targets * hidden), "mtp.0.main_norm.weight": (hidden,)}
+        for stage in range(3):
+            shapes |= {f"mtp.{stage}.{name}_norm.weight": (hidden,) for name in ("attn", "ffn")}
+            shapes |= {f"mtp.{stage}.attn.attn_sink": (config["num_attention_heads"],)}
+            shapes |= {f"mtp.{stage}.attn.wq_a.weight": (config["q_lora_rank"], hidden)}
+            shapes |= {f"mtp.{stage}.ffn.gate.bias": (experts,)}
+        shapes |= {f"mtp.2.markov_head.markov_{name}.weight": (vocab, rank) for name in ("w1", "w2")}
+        shapes |= {"mtp.2.confidence_head.proj.weight": (1, hidden + rank), "mtp.2.norm.weight": (hidden,)}
+        shapes |= {"mtp.2.hc_head_fn": (4, 4 * hidden), "mtp.2.hc_head_base": (4,), "mtp.2.hc_head_scale": (1,)}
+    if geometry.vision:
+        dim = config["vision_dim"]
+        shapes |= {"vision.patch_embed.weight": (dim, 3 * config["vision_patch_size"] ** 2)}
+        shapes |= {"vision.blocks.0.attn.qkv.weight": (3 * dim, dim), "vision.blocks.0.attn.qkv.bias": (3 * dim,)}
+        shapes |= {"vision.norm.weight": (dim,), "aligner.0.weight": (hidden, 9 * dim), "aligner.0.bias": (hidden,)}
+        shapes |= {f"image_{name}": (hidden,) for name in ("start", "end", "newline", "pad")}
+        shapes |= {f"layers.{i}.ffn.gate.bias_vl": (experts,) for i in range(config["num_hidden_layers"])}
+    return shapes
 
 
 def gap(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -405,6 +489,31 @@ def choose_tokens(
     raise RuntimeError(f"{name}: seed {seed}: a near tie in each of {MAX_TOKEN_DRAWS} draws of tokens")
 
 
+def saved_name(name: str) -> str:
+    """The name under which Hugging Face's save_pretrained writes an official tensor: all but the official one."""
+    renames = [(r"^embed\.", "embed_tokens."), (r"^hc_head_", "hc_head.hc_"), (r"\.attn\.kv_norm\.", ".attn.norm.")]
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name if name == "head.weight" else f"model.{name}"
+
+
+def write_hf(folder: Path, model: Model, stored: Tensors, geometry: Geometry) -> None:
+    """Has Hugging Face save its model in the dtypes of `stored`, and checks what is in the files."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(stored[pieces(name, parameter.shape)[0][0]].dtype)
+    model.config.dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[geometry.dtype]
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    names = geometry.storage == "hf-names"
+    model.save_pretrained(folder, max_shard_size=int(1.1 * size / geometry.shards), save_original_format=not names)
+    written: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        written |= load_file(file)
+    expected = model.state_dict() if names else {saved_name(name): tensor for name, tensor in stored.items()}
+    assert written.keys() == expected.keys(), written.keys() ^ expected.keys()
+    for name, tensor in written.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
 def make(name: str, folder: Path, seed: int | None = None) -> None:
     """Writes the checkpoint and the reference of geometry `name` into `folder`.
 
@@ -429,16 +538,20 @@ def make(name: str, folder: Path, seed: int | None = None) -> None:
         for hf_name, tensor in parts(model, mtp).items()
         for piece, shape in pieces(hf_name, tensor.shape)
     }
+    drawn |= {name: draw(name, shape, config, seed) for name, shape in to_ignore(geometry, config).items()}
     stored = {n: t for piece, value in drawn.items() for n, t in store(piece, value, geometry).items()}
     load(model, mtp, values_of(stored))
     tokens, arrays = choose_tokens(name, model, mtp, (geometry.batch, geometry.length), seed)
     prepare(folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if geometry.shards == 1:
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    if geometry.storage != "official":
+        write_hf(folder, model, stored, geometry)
     else:
-        place = {n: i * geometry.shards // len(stored) for i, n in enumerate(stored)}
-        write_shards(folder, stored, place, geometry.shards)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if geometry.shards == 1:
+            save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        else:
+            place = {n: i * geometry.shards // len(stored) for i, n in enumerate(stored)}
+            write_shards(folder, stored, place, geometry.shards)
     np.savez(folder / "reference.npz", tokens=tokens.astype(np.int32), **arrays)
 
 
