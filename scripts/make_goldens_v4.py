@@ -100,6 +100,7 @@ SHORT_YARN = {
     "max_position_embeddings": 1024,
     "rope_scaling": {**COMMON["rope_scaling"], "original_max_position_embeddings": 64},
 }
+TINY = {"hidden_size": 32, "moe_intermediate_size": 24, "num_attention_heads": 2, "o_lora_rank": 16, "q_lora_rank": 24}
 DSPARK = {
     "dspark_block_size": 5,
     "dspark_markov_rank": 8,
@@ -135,8 +136,14 @@ GEOMETRIES: dict[str, Geometry] = {
     "v4-base": Geometry(
         "FP8 experts with partial 128x128 blocks, power-of-two scales held in F32, no expert_dtype; swiglu_limit 1; "
         "MTP with an embedding and a head of its own, to be ignored",
-        {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "hidden_size": 72, "moe_intermediate_size": 136}
-        | {"n_routed_experts": 3, "swiglu_limit": 1.0, "sliding_window": 16},
+        {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "hidden_size": 136, "moe_intermediate_size": 72}
+        | {
+            "q_lora_rank": 136,
+            "num_attention_heads": 2,
+            "n_routed_experts": 3,
+            "swiglu_limit": 1.0,
+            "sliding_window": 16,
+        },
         experts="fp8",
         scales="ue8m0-f32",
         mtp="copies",
@@ -157,7 +164,7 @@ GEOMETRIES: dict[str, Geometry] = {
         "BF16 and F32 as Hugging Face's save_pretrained writes: its config.json, names nearly the official ones; "
         "no MTP; 2 shards",
         {"compress_ratios": [0, 128, 4, 0], "head_dim": 32, "qk_rope_head_dim": 8, "index_head_dim": 16}
-        | {"n_routed_experts": 5, "sliding_window": 16, **SHORT_YARN},
+        | {**TINY, "n_routed_experts": 5, "sliding_window": 16, **SHORT_YARN},
         storage="hf",
         shards=2,
         length=150,
@@ -166,8 +173,7 @@ GEOMETRIES: dict[str, Geometry] = {
     "v4-hf-names": Geometry(
         "F32 as Hugging Face's save_pretrained writes under its module names, experts stacked; no MTP",
         {"compress_ratios": [0, 4, 128, 0], "head_dim": 32, "qk_rope_head_dim": 8, "index_head_dim": 16}
-        | {"hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 24, "q_lora_rank": 24}
-        | {"o_lora_rank": 16, "n_routed_experts": 5, "sliding_window": 16, **SHORT_YARN},
+        | {**TINY, "n_routed_experts": 5, "sliding_window": 16, **SHORT_YARN},
         storage="hf-names",
         dtype="f32",
         length=150,
