@@ -3,6 +3,7 @@
 from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, F16, FORMATS, INT4, INT8, Format
 from quant.grouped import (
     Groups,
+    batched_dot,
     expert_dot,
     experts_at_once,
     group_size,
@@ -39,6 +40,7 @@ __all__ = [
     "Groups",
     "QArray",
     "act_quant",
+    "batched_dot",
     "block_scaled_dot",
     "dequantise",
     "expert_dot",

@@ -103,6 +103,30 @@ def expert_dot(
     return tile_dot(tile, x)
 
 
+def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float32[Array, "G T N"]:
+    """x[g] times the transpose of w[*index, g] for every g, as many matrices at a time as fit a tile.
+
+    Args:
+      x: float [G, T, K].
+      w: [*lead, G, N, K].
+      index: indices of the `lead` axes.
+    """
+    matrices, tokens = x.shape[:2]
+    fit = tile_elements(w.shape[-2:], w, tokens, x.dtype) // math.prod(w.shape[-2:])
+    trips = -(-matrices // max(1, fit))
+    while matrices % trips:
+        trips += 1
+    at_once = matrices // trips
+
+    def run(first: Any) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(x, first, at_once, axis=0)
+        return expert_dot(rows, w, first + jnp.arange(at_once, dtype=jnp.int32), index)
+
+    if trips == 1:
+        return run(0)
+    return lax.scan(lambda _, i: (None, run(i * at_once)), None, jnp.arange(trips))[1].reshape(matrices, tokens, -1)
+
+
 def experts_at_once(groups: Groups, matrices: Sequence[Weight], dtype: Any) -> int:
     """Blocks that one `expert_dot` takes: as many of the largest matrix as fit a tile, at most all of them."""
     blocks = groups.expert.shape[0]

@@ -106,17 +106,17 @@ def reference_block_scaled_dot(
 
 
 def _split_scales(tile: QArray) -> tuple[jax.Array | None, jax.Array | None]:
-    """(block scales [*lead, R, CB], each of N / R rows; row scales [*lead, N]), at least one of them None.
+    """(block scales [*lead, R, CB] as held, of N / R rows each; float32 row scales [*lead, N]); one of them is None.
 
     A scale that spans all channels is a row scale: it is applied to the result, at no cost per weight.
     """
     if tile.scales is None:
         return None, None
-    scales = scale_values(tile.scales)
+    scales = tile.scales
     n = tile.shape[-2]
     bn = tile.block[0] or n
     if scales.shape[-1] == 1:
-        return None, expand_scales(scales, (bn, 1), (n, 1))[..., 0]
+        return None, expand_scales(scale_values(scales), (bn, 1), (n, 1))[..., 0]
     rows = math.gcd(n, bn)  # a last block that is cut: smaller blocks of equal size
     return (scales if rows == bn else scales[..., np.arange(0, n, rows) // bn, :]), None
 
@@ -206,6 +206,14 @@ def _fused_group_dot(tile: QArray, x: jax.Array) -> jax.Array:
     return jnp.swapaxes(y if factor == 1.0 else y * factor, -1, -2)
 
 
+def _inverse(scales: jax.Array) -> jax.Array:
+    """E8M0 codes as float32 1 / scale, to divide by: exact, and XLA:CPU does not repeat a division for every row of the
+    product that follows, as it would a multiplication. float32 scales as they are, to multiply by."""
+    if scales.dtype != jnp.uint8:
+        return scales
+    return lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
+
+
 def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
     if isinstance(tile, QArray) and _has_row_groups(tile):
         return _fused_group_dot(tile, x)
@@ -220,11 +228,12 @@ def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
         channels = channels[..., None, :, :]
         if block is not None:
             # The activations are the smaller side: they carry the scales, once per row block.
-            channels = channels * expand_scales(block * factor, (1, bk), (r, k))[..., :, None, :]
+            spread = expand_scales(_inverse(block), (1, bk), (r, k))[..., :, None, :]
+            channels = channels / spread if block.dtype == jnp.uint8 else channels * spread
         channels = lax.optimization_barrier(channels)  # made once, not again for every row
         total = total + values.reshape(*lead, r, n // r, 1, k) * channels.reshape(*channels.shape[:-2], 1, t, k)
     y = fused_sum(total).reshape(*lead, n, t)
-    if block is None and factor != 1.0:
+    if factor != 1.0:
         y = y * factor
     return jnp.swapaxes(y if row is None else y * row[..., None], -1, -2)
 
@@ -240,7 +249,7 @@ def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
         if block is not None:
             # Scales are spread over channels beforehand: the loop over weights then divides no index.
             r = block.shape[-2]
-            spread = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (r, k)))
+            spread = lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (r, k)))
             values = values.reshape(*values.shape[:-2], r, n // r, k) * spread[..., None, :]
             values = values.reshape(*values.shape[:-3], n, k)
         if bfloat16 and isinstance(tile, QArray) and tile.format == BF16:
@@ -282,7 +291,7 @@ def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[A
     x = lax.optimization_barrier(x if row is None else x * row[..., None, :])
     [(values, _, bk)], factor = _parts(tile, x)
     if block is not None:
-        block = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (block.shape[-2], k)))
+        block = lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (block.shape[-2], k)))
     total: Any = 0
     for first in range(0, n, steps):  # partial sums one by one, each unrolled and vectorised over k
         part = slice(first, first + steps)
