@@ -367,7 +367,7 @@ class SparseAttention:
         count = visible.max(axis=1)
 
         def load(j: Any) -> tuple[jax.Array, jax.Array]:
-            keys = self.kv_row.decode(read_entries(state.entries, self.place, j, count))
+            keys = self.kv_row.decode(read_entries(state.entries, self.place, j, size, count))
             return keys, j * size + jnp.arange(size) < visible[..., None]
 
         return Keys((count.max() + size - 1) // size, load)
