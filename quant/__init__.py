@@ -21,7 +21,15 @@ from quant.matmul import (
     transposed_tile_dot,
 )
 from quant.qarray import WHOLE, QArray, dequantise, look_up, retile
-from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
+from quant.transforms import (
+    act_quant,
+    dequantise_rows,
+    fake_act_quant,
+    fake_quantise,
+    hadamard,
+    quantise,
+    quantise_rows,
+)
 
 __all__ = [
     "BF16",
@@ -41,6 +49,7 @@ __all__ = [
     "act_quant",
     "block_scaled_dot",
     "dequantise",
+    "dequantise_rows",
     "expert_dot",
     "experts_at_once",
     "fake_act_quant",
@@ -49,8 +58,10 @@ __all__ = [
     "group_tokens",
     "grouped_map",
     "grouped_matmul",
+    "hadamard",
     "look_up",
     "quantise",
+    "quantise_rows",
     "reference_block_scaled_dot",
     "reference_dot",
     "retile",
