@@ -22,7 +22,15 @@ from quant.matmul import (
     transposed_tile_dot,
 )
 from quant.qarray import WHOLE, QArray, dequantise, look_up, retile, split_rows
-from quant.transforms import act_quant, fake_act_quant, fake_quantise, hadamard, quantise
+from quant.transforms import (
+    act_quant,
+    dequantise_rows,
+    fake_act_quant,
+    fake_quantise,
+    hadamard,
+    quantise,
+    quantise_rows,
+)
 
 __all__ = [
     "BF16",
@@ -43,6 +51,7 @@ __all__ = [
     "batched_dot",
     "block_scaled_dot",
     "dequantise",
+    "dequantise_rows",
     "expert_dot",
     "experts_at_once",
     "fake_act_quant",
@@ -54,6 +63,7 @@ __all__ = [
     "hadamard",
     "look_up",
     "quantise",
+    "quantise_rows",
     "reference_block_scaled_dot",
     "reference_dot",
     "retile",

@@ -103,15 +103,18 @@ class Experts(nnx.Module):
             def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
                 return numerics.round(expert_dot(x, w, chosen, (layer,)))
 
+            weight = None if weight is None else weight[..., None]
             inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight)
             return dot(numerics.operand(inner, down), down)
 
         operand = numerics.operand(x, gate)
         at_once = experts_at_once(groups, (gate, up, down), operand.dtype)
-        outputs = grouped_map(expert, operand, groups, at_once)
-        picked = ungroup(outputs, groups)
+        early = isinstance(self.config, V4Config)
+        outputs = grouped_map(expert, operand, groups, at_once, weights if early else None)
+        picked = ungroup(outputs, groups).astype(jnp.float32)
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
-        return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
+        late = jnp.ones_like(weights) if early else weights
+        return jnp.einsum("tkd,tk->td", picked, late, precision=lax.Precision.HIGHEST)
 
 
 Gate = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
