@@ -15,8 +15,9 @@ from helpers import V4_SETTINGS
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import official_name, open_files
 from dsjax.checkpoint.safetensors import SINGLE_FILE, Files
-from dsjax.config import load_config
+from dsjax.config import Config, load_config
 from dsjax.params import EXPERT, LINEAR, Tree, is_mtp, table
+from dsjax.synth import synth_config, synthesise
 
 LAYER = "model.layers.{}."
 HF_NAMES = {
@@ -217,6 +218,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
     return folder, {name: tensor.numpy() for name, tensor in state.items()}
 
 
+def compare(config: Config, params: Tree, state: dict[str, np.ndarray]) -> set[str]:
+    """Every tensor of the main model, with Hugging Face's of that name; the names it has looked at."""
+    used = set()
+    for row in [r for r in table(config) if not is_mtp(r)]:
+        leaf: Any = params
+        for key in row.path:
+            leaf = leaf[key]
+        for index, name in row.tensors():
+            if row.experts:
+                own = LAYER.format(row.layers[index[0]]) + "mlp.experts."
+                own += "down_proj" if row.path[-1] == "down" else "gate_up_proj"
+                part = state[own][index[1]]
+                half = part.shape[0] // 2
+                wanted = {"gate": part[:half], "up": part[half:], "down": part}[row.path[-1]]
+            else:
+                own = hugging_face_name(name)
+                wanted = state[own]
+            used.add(own)
+            np.testing.assert_array_equal(np.asarray(leaf[index]), wanted, err_msg=name)
+    return used
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["official", "modules"])
@@ -229,24 +252,22 @@ def test_saved_by_hugging_face(form: str, saved: tuple[Path, dict[str, np.ndarra
     assert config.compress_ratios == (0, 4, 128, 4) and config.num_hash_layers == 2
     assert (config.rope_theta, config.compress_rope_theta, config.qk_rope_head_dim) == (10000, 160000, 4)
     assert config.yarn is not None and config.yarn.factor == 16
-    used = set()
-    for row in [r for r in table(config) if not is_mtp(r)]:
-        leaf: Any = params
-        for key in row.path:
-            leaf = leaf[key]
-        for index, name in row.tensors():
-            if ".experts." in name:
-                prefix = LAYER.format(row.layers[index[0]]) + "mlp.experts."
-                stack = prefix + ("down_proj" if row.path[-1] == "down" else "gate_up_proj")
-                wanted = state[stack][index[1]]
-                wanted = {"gate": wanted[:40], "up": wanted[40:], "down": wanted}[row.path[-1]]
-                used.add(stack)
-            else:
-                wanted = state[hugging_face_name(name)]
-                used.add(hugging_face_name(name))
-            np.testing.assert_array_equal(np.asarray(leaf[index]), wanted, err_msg=name)
-    left = {n for n in state if n not in used and "rotary" not in n}
-    assert not left
+    assert {n for n in state if n not in compare(config, params, state) and "rotary" not in n} == set()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_reads_what_is_synthesised(tmp_path: Path) -> None:
+    """FP8, packed FP4, scales, ids and floats in whole blocks, all of it as Hugging Face decodes it."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # it decodes with this alone
+    whole = ("hidden_size", "moe_intermediate_size", "q_lora_rank", "o_lora_rank")
+    settings = V4_SETTINGS | dict.fromkeys(whole, 128) | {"head_dim": 64, "index_head_dim": 64}
+    synthesise(tmp_path / "model", synth_config("deepseek-v4-flash", layers=5, settings=settings))
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    config, params, _ = load(tmp_path / "model", weights="float32")
+    compare(config, params, {name: tensor.float().numpy() for name, tensor in network.state_dict().items()})
 
 
 def test_config_as_hugging_face_writes_it(v4_folder: Path, tmp_path: Path) -> None:
