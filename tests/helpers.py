@@ -49,6 +49,26 @@ SYNTH_SETTINGS = {
 """`dsjax synth --set` of a model that takes no time."""
 
 
+V4_SETTINGS = {
+    "hidden_size": 64,
+    "vocab_size": 320,
+    "moe_intermediate_size": 40,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "qk_rope_head_dim": 4,
+    "q_lora_rank": 24,
+    "o_lora_rank": 12,
+    "o_groups": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 4,
+}
+"""The same of V4; the last group of 32 of an expert's `down` is short."""
+
+
 def rng(*key: int) -> np.random.Generator:
     """A generator of the run's seed and a key of the caller's."""
     return np.random.default_rng([SEED, *key])

@@ -99,9 +99,9 @@ def _compress_ratios(fields: Fields, layers: int) -> tuple[int, ...]:
     # Without a list Hugging Face falls back to a schedule that no released model has.
     if not isinstance(value, list) or len(value) < layers:
         raise fields.fail(name, f"a list of at least num_hidden_layers {layers} entries")
-    bad = next((v for v in value if isinstance(v, bool | float | list | dict) or v not in known), None)
-    if bad is not None:
-        raise Fields({name: bad}, fields.where).fail(name, f"entries {', '.join(map(str, known))}")
+    bad = [v for v in value if not isinstance(v, int | str) or isinstance(v, bool) or v not in known]
+    if bad:
+        raise Fields({name: bad[0]}, fields.where).fail(name, f"entries {', '.join(map(str, known))}")
     return tuple(known[v] for v in value[:layers])
 
 
