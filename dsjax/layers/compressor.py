@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.cache.rows import RowFormat
-from dsjax.cache.v4 import Compressed, overlap, read_ring, write_entries, write_ring
+from dsjax.cache.v4 import SHORT_STEP, Compressed, overlap, read_ring, write_entries, write_ring
 from dsjax.layers.norm import rms_norm
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
@@ -51,17 +51,23 @@ def _windows(
     start: Int32[Array, " B"],
     ratio: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The inputs of every entry: ([B, n, slots, width], bool [B, n, slots]), slots in the order of positions."""
+    """The inputs of every entry: ([B, n, slots, width], bool [B, n, slots]), slots in the order of positions.
+
+    The ring is that after the new tokens if the step is short, else that before them.
+    """
     b, n = numbers.shape
     slots = overlap(ratio) * ratio
     positions = (numbers[:, :, None] - (overlap(ratio) - 1)) * ratio + jnp.arange(slots)
     size, tokens = ring.shape[1], new.shape[1]
-    at = jnp.where(
-        positions < start[:, None, None],
-        positions % size,
-        size + jnp.minimum(positions - start[:, None, None], tokens - 1),
-    )
-    rows = jnp.concatenate([ring, new], axis=1)
+    if tokens <= SHORT_STEP:
+        at, rows = positions % size, ring
+    else:
+        at = jnp.where(
+            positions < start[:, None, None],
+            positions % size,
+            size + jnp.minimum(positions - start[:, None, None], tokens - 1),
+        )
+        rows = jnp.concatenate([ring, new], axis=1)
     picked = jnp.take_along_axis(rows, at.reshape(b, -1, 1), axis=1, mode="clip")
     return picked.reshape(b, n, slots, -1), positions >= 0
 
@@ -111,8 +117,10 @@ class Compressor:
             end = start + valid.sum(axis=1, dtype=jnp.int32)
             numbers = entry_numbers(start, x.shape[1], self.ratio)
             complete = (numbers + 1) * self.ratio <= end[:, None]
-            # Read before it is written, and said so: XLA would otherwise copy all layers' rings.
-            ring, inputs = lax.optimization_barrier((read_ring(state.inputs, layer), state.inputs))
+            ring = read_ring(state.inputs, layer)
+            inputs = write_ring(state.inputs, layer, positions, valid, new)
+            if x.shape[1] <= SHORT_STEP:
+                ring = read_ring(inputs, layer)
 
             def entries() -> jax.Array:
                 return self.row.encode(self.finish(self._pooled(ring, new, numbers, start, layer)))
@@ -122,10 +130,7 @@ class Compressor:
             else:  # most steps complete none
                 shape = jax.eval_shape(entries)
                 rows = lax.cond(complete.any(), entries, lambda: jnp.zeros(shape.shape, shape.dtype))
-            return Compressed(
-                write_entries(state.entries, layer, numbers, complete, rows),
-                write_ring(inputs, layer, positions, valid, new),
-            )
+            return Compressed(write_entries(state.entries, layer, numbers, complete, rows), inputs)
 
     def _pooled(
         self, ring: jax.Array, new: jax.Array, numbers: jax.Array, start: jax.Array, layer: Any

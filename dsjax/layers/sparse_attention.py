@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import (
+    SHORT_STEP,
     Compressed,
     V4Cache,
     entry_block,
@@ -221,9 +222,11 @@ class SparseAttention:
             kv = numerics.linear(x, self.params["kv"], index)
             kv = numerics.round(rms_norm(kv, self.params["kv_norm"][self.layer], eps))
             new = self.kv_row.encode(numerics.round(rope_tail(kv, table)))
-            # Read before it is written, and said so: XLA would otherwise copy all layers' rings.
-            ring, window = lax.optimization_barrier((read_ring(cache.window, self.layer), cache.window))
-            cache = dataclasses.replace(cache, window=write_ring(window, self.layer, call.positions, call.valid, new))
+            ring = read_ring(cache.window, self.layer)
+            window = write_ring(cache.window, self.layer, call.positions, call.valid, new)
+            cache = dataclasses.replace(cache, window=window)
+            if x.shape[1] <= SHORT_STEP:
+                ring = read_ring(window, self.layer)
         if self.ratio:
             cache = self._compress(x, cache, call)
         with jax.named_scope("attend"):
@@ -263,13 +266,24 @@ class SparseAttention:
     def _window(
         self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], size: int, padded: int, call: Call
     ) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-        """first query -> (keys [B, S, U], bool [B, size, S]): what `size` queries see of the window."""
+        """first query -> (keys [B, S, U], bool [B, size, S]): what `size` queries see of the window.
+
+        The ring is that after the new tokens if the step is short, else that before them.
+        """
         back = self.config.sliding_window - 1
-        old = ring_positions(call.start, ring.shape[1])
+        short = new.shape[1] <= SHORT_STEP
+        old = ring_positions(call.end if short else call.start, ring.shape[1])
         kept = (old >= 0) & (old > call.start[:, None] - 1 - back)
         # A masked key's probability is zero, but zero times a stale NaN is NaN.
         old_rows = jnp.where(kept[..., None], ring, jnp.zeros((), ring.dtype))
         old_keys = self.kv_row.decode(old_rows)
+
+        def load_written(first: Any) -> tuple[jax.Array, jax.Array]:
+            query = (call.start[:, None] + first + jnp.arange(size))[..., None]
+            return old_keys, kept[:, None] & (old[:, None] <= query) & (old[:, None] > query - 1 - back)
+
+        if short:
+            return load_written
         # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
         rows = jnp.pad(new, [(0, 0), (back, padded - new.shape[1]), (0, 0)])
 
