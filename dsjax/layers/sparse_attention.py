@@ -164,7 +164,7 @@ class Call:
     ids: jax.Array
     main: RopeTable
     compress: RopeTable
-    entries: dict[int, RopeTable]
+    entries: dict[int, Any]  # RopeTables, each of a length of its own
 
     @property
     def start(self) -> jax.Array:
@@ -378,7 +378,7 @@ class SparseAttention:
         return q, numerics.round(weights)
 
     def _output(self, out: Float[Array, "B T H U"]) -> Float[Array, "B T D"]:
-        """The grouped low-rank projection: each group of heads by its own matrix, then together (spec V4 2.3, step 8)."""
+        """The grouped low-rank projection: each group of heads by its own matrix, then together (spec V4 2.3)."""
         config, numerics = self.config, self.numerics
         b, t = out.shape[:2]
         g = config.o_groups
