@@ -33,6 +33,13 @@ INDEX_BLOCK = 1024
 """Indexer keys that are scanned at a time, at most: each step also selects the best so far, which takes a while to
 start."""
 
+SHORT_STEP = SPARE + 1
+"""Tokens of a step, at most, after which a ring still holds all that its first token looks back at.
+
+Such a step writes its rings before it reads them, and needs nothing else. A longer one reads them as they were before;
+XLA then copies all layers' rings, as it does not see that every reading is done before the writing.
+"""
+
 STATE_VERSION = 1
 
 Rows = Shaped[Array, "L B S width"]
@@ -150,7 +157,7 @@ def ring_positions(length: Int32[Array, " B"], size: int) -> Int32[Array, "B siz
 
 
 def read_ring(ring: Rows, layer: Any) -> Shaped[Array, "B size width"]:
-    """A layer's ring, to be read before it is written in the same step."""
+    """A layer's ring."""
     return lax.dynamic_index_in_dim(ring, layer, axis=0, keepdims=False)
 
 
