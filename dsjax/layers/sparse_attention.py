@@ -163,7 +163,7 @@ class Call:
     ids: jax.Array
     main: RopeTable
     compress: RopeTable
-    entries: dict[int, RopeTable]
+    entries: dict[int, tuple[jax.Array, jax.Array]]
 
     @property
     def start(self) -> jax.Array:
