@@ -180,8 +180,10 @@ def test_gate(hashed: bool) -> None:
     choices, gates = jax.jit(_gate(m))(to_jax(x), jnp.asarray(tokens))
     expected, expected_gates = em.gate(x, tokens, weights, m.raw)
     np.testing.assert_array_equal(choices, expected)
-    print("gate", np.abs(np.asarray(gates) / expected_gates - 1).max())
-    np.testing.assert_allclose(gates, expected_gates, rtol=2e-6)
+    relative = np.abs(np.asarray(gates) / expected_gates - 1).max(-1)
+    print("gate", relative[:200].max(), relative[200:].max())
+    # Where the logits are sums of terms up to 50, their own rounding shows in small weights.
+    assert relative[:200].max() < 2e-6 and relative[200:].max() < 3e-5
 
 
 def _gate(m: Model) -> Any:
@@ -204,9 +206,9 @@ def _choose(m: Model, tokens: jax.Array) -> Any:
 
 
 @lru_cache
-def _moe(hashed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _moe() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, tokens, JAX's output) of a layer with FP4 experts."""
-    m = model(0, hashed=hashed)
+    m = model(0)
     x = bf16(240, SMALL["hidden_size"], key=14)
     tokens = np.random.default_rng(15).integers(0, SMALL["vocab_size"], 240)
 
@@ -218,23 +220,29 @@ def _moe(hashed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, tokens, to_numpy(run(to_jax(x), jnp.asarray(tokens)))
 
 
-@pytest.mark.parametrize("hashed", [False, True], ids=["scored", "hashed"])
-def test_moe(hashed: bool) -> None:
-    m = model(0, hashed=hashed)
-    x, tokens, found = _moe(hashed)
+def test_moe() -> None:
+    m = model(0)
+    x, tokens, found = _moe()
     expected = em.moe(x, tokens, m.layer("ffn."), m.raw)
     print("moe", "same", same(found, expected), "distance", distance(found, expected))
     assert same(found, expected) >= 0.999
-    assert distance(found, expected) < 2e-3
+    assert distance(found, expected) < 1e-3
 
 
-@pytest.mark.parametrize("names", [("experts.0.w1",), ("w2",), ("shared_experts.w2",), ("w1", "w3")])
-def test_moe_shows_an_input_that_is_not_quantised(names: tuple[str, ...]) -> None:
+def test_moe_shows_what_is_left_out() -> None:
+    """Each matrix that takes quantised inputs, one expert's alone included."""
     m = model(0)
-    x, tokens, found = _moe(False)
-    other = em.moe(x, tokens, unquantised(m.layer("ffn."), *names), m.raw)
-    print("moe without", names, distance(found, other), same(found, other))
-    assert distance(found, other) > 8e-3 if names != ("experts.0.w1",) else same(found, other) < 0.9
+    x, tokens, found = _moe()
+    for names, least in (
+        (("w1", "w3"), 3e-2),
+        (("w2",), 1.5e-2),
+        (("shared_experts.w2",), 8e-3),
+        (("experts.0.w1",), 8e-3),
+    ):
+        other = em.moe(x, tokens, unquantised(m.layer("ffn."), *names), m.raw)
+        print("moe without", names, distance(found, other), same(found, other))
+        assert distance(found, other) > least, names
+        assert same(found, other) < 0.8, names
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -398,9 +406,8 @@ def test_attention_shows_what_is_left_out(ratio: int) -> None:
     """Each rounding that the model was trained with moves the output by several times the bound."""
     m, x, found = model(ratio), _attention_input(), _one_shot(ratio)
     run = partial(em.attention, x, config=m.raw, ratio=ratio, selected=found.chosen)
-    others = {n: run(m.layer("attn."), policy=policy)[0] for n, policy in SWITCHES.items()}
-    others |= {n: run(unquantised(m.layer("attn."), n))[0] for n in ("wq_a", "wq_b", "attn.wkv", "wkv", "wo_b")[:2]}
-    others |= {n: run(unquantised(m.layer("attn."), n))[0] for n in ("wkv", "wo_b")}
+    others = {n: run(weights=m.layer("attn."), policy=policy)[0] for n, policy in SWITCHES.items()}
+    others |= {n: run(weights=unquantised(m.layer("attn."), n))[0] for n in ("wq_a", "wq_b", "wkv", "wo_b")}
     distances = {n: distance(found.out, other) for n, other in others.items()}
     print("without", ratio, distances)
     assert min(distances.values()) > 2.5 * BOUND
@@ -422,59 +429,61 @@ def test_bfloat16_keys() -> None:
 
 # --- one layer -------------------------------------------------------------------------------------------------------
 
-
-@lru_cache
-def _stepped(ratio: int, hashed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, logits, streams) of a model of one layer."""
-    m = model(ratio, hashed=hashed)
-    tokens = np.random.default_rng(16).integers(0, SMALL["vocab_size"], 300)
-    cache = init_cache(m.config, NATIVE, 1, 300)
-    out = step_of(m.config, NATIVE)(m.params, cache, jnp.asarray(tokens[None], jnp.int32), jnp.array([300], jnp.int32))
-    return tokens, np.asarray(out[0])[0], to_numpy(out[1][0])
+LAYER_TOKENS = 200
+MEDIAN = 1e-3
+FAR = 1e-2
 
 
-def _per_token(x: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def _per_token(x: Any, reference: np.ndarray) -> np.ndarray:
     """|x - reference| / |reference| of each token."""
-    a, b = (v.reshape(len(v), -1).astype(np.float64) for v in (x, reference))
+    a, b = (to_numpy(v).astype(np.float64).reshape(len(reference), -1) for v in (x, reference))
     return np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def _check_layer(found: tuple[Any, Any], expected: tuple[np.ndarray, np.ndarray], least: float) -> None:
+    """Half of the tokens are next to exact, and all but a few, which a rounding or a nearly tied gate turned, near."""
+    for name, x, reference in zip(("logits", "streams"), found, expected, strict=True):
+        errors = _per_token(x, reference)
+        print(name, "rms", distance(to_numpy(x), reference), "median", np.median(errors), "far", (errors > FAR).mean())
+        assert np.median(errors) < MEDIAN
+        assert (errors < FAR).mean() >= least
 
 
 @pytest.mark.parametrize(
     ("ratio", "hashed"), [(0, True), (4, False), (128, False)], ids=["window-hashed", "csa-scored", "hca-scored"]
 )
 def test_one_layer(ratio: int, hashed: bool) -> None:
+    """Medians over tokens: what is left out moves all of them, a rounding that fell the other way only some."""
     m = model(ratio, hashed=hashed)
-    tokens, logits, streams = _stepped(ratio, hashed)
-    expected, expected_streams = em.model(tokens, m.weights, m.raw)
-    errors, streams_errors = _per_token(logits, expected), _per_token(streams, expected_streams)
-    print("layer", ratio, "logits", distance(logits, expected), np.median(errors), errors.max(), (errors > 0.01).sum())
-    print("streams", distance(streams, expected_streams), np.median(streams_errors), streams_errors.max())
+    tokens = np.random.default_rng(16).integers(0, SMALL["vocab_size"], LAYER_TOKENS)
+    cache = init_cache(m.config, NATIVE, 1, LAYER_TOKENS)
+    new, count = jnp.asarray(tokens[None], jnp.int32), jnp.array([LAYER_TOKENS], jnp.int32)
+    logits, streams, _ = step_of(m.config, NATIVE)(m.params, cache, new, count)
+    _check_layer((logits[0], streams[0]), em.model(tokens, m.weights, m.raw), 0.85)
     for name, weights, policy in (
         ("kv", m.weights, em.Policy(kv_quant=False)),
         ("wq_a", unquantised(m.weights, "wq_a"), em.NATIVE),
         ("w2", unquantised(m.weights, "w2"), em.NATIVE),
     ):
-        other, _ = em.model(tokens, weights, m.raw, policy)
-        print(name, distance(logits, other), np.median(_per_token(logits, other)))
+        errors = _per_token(logits[0], em.model(tokens, weights, m.raw, policy)[0])
+        print("without", name, np.median(errors))
+        assert np.median(errors) > 1.5 * FAR, name
 
 
 def test_draft() -> None:
     m = model(0)
-    x = bf16(200, 4, SMALL["hidden_size"], key=17)
-    tokens = np.random.default_rng(18).integers(0, SMALL["vocab_size"], 200)
-    cache = init_cache(m.config, NATIVE, 1, 200, draft=True)
-    draft = draft_of(m.config, NATIVE)
-    logits, streams, _ = draft(
-        m.params, cache, to_jax(x[None]), jnp.asarray(tokens[None], jnp.int32), jnp.array([200], jnp.int32)
-    )
-    expected, expected_streams = em.mtp(x, tokens, m.weights, m.raw)
-    print("draft", distance(logits[0], expected), distance(to_numpy(streams[0]), expected_streams))
+    x = bf16(LAYER_TOKENS, 4, SMALL["hidden_size"], key=17)
+    tokens = np.random.default_rng(18).integers(0, SMALL["vocab_size"], LAYER_TOKENS)
+    cache = init_cache(m.config, NATIVE, 1, LAYER_TOKENS, draft=True)
+    new, count = jnp.asarray(tokens[None], jnp.int32), jnp.array([LAYER_TOKENS], jnp.int32)
+    logits, streams, _ = draft_of(m.config, NATIVE)(m.params, cache, to_jax(x[None]), new, count)
+    _check_layer((logits[0], streams[0]), em.mtp(x, tokens, m.weights, m.raw), 0.85)
     for name, weights, policy in (
         ("kv", m.weights, em.Policy(kv_quant=False)),
-        ("wq_a", unquantised(m.weights, "wq_a"), em.NATIVE),
         ("e_proj", unquantised(m.weights, "e_proj"), em.NATIVE),
         ("h_proj", unquantised(m.weights, "h_proj"), em.NATIVE),
         ("w2", unquantised(m.weights, "w2"), em.NATIVE),
     ):
-        other, _ = em.mtp(x, tokens, weights, m.raw, policy)
-        print(name, distance(logits[0], other))
+        errors = _per_token(logits[0], em.mtp(x, tokens, weights, m.raw, policy)[0])
+        print("without", name, np.median(errors))
+        assert np.median(errors) > 1.5 * FAR, name
