@@ -201,7 +201,7 @@ def attend(
     padded = to_jax(np.pad(x, [(0, size - n), (0, 0)])[None], numerics)
     run = _attention(model.config, numerics, size)
     out, chosen, cache = run(model.params, padded, cache, jnp.array([n], jnp.int32), jnp.int32(shift))
-    return Attended(to_numpy(out[0, :n]), _mask(chosen, n, int(cache.length[0])), cache)
+    return Attended(to_numpy(out)[0, :n], _mask(chosen, n, int(cache.length[0])), cache)
 
 
 def _mask(chosen: Any, tokens: int, length: int) -> np.ndarray | None:
