@@ -269,7 +269,8 @@ def frequencies(config: Config, ratio: int) -> Array:
     """Rotary frequencies float32 [R / 2] of everything in a layer: ratio 0 unscaled, else its own theta and YaRN."""
     size, theta = rope_dim(config), config["compress_rope_theta"] if ratio else config["rope_theta"]
     i = np.arange(size // 2, dtype=np.float32)
-    f = np.float32(1) / np.float32(theta) ** (2 * i / np.float32(size))
+    # The power in float64, rounded: NumPy's float32 power is off by up to two units in the last place, torch's by none.
+    f = np.float32(1) / f32(float(theta) ** (2 * i / np.float32(size)).astype(np.float64))
     parameters = config.get("rope_parameters") or {}
     scaling = parameters.get("compress") or parameters or config.get("rope_scaling") or {}
     if not ratio or scaling.get("rope_type", scaling.get("type", "default")) != "yarn":

@@ -260,15 +260,18 @@ def test_quantised_matmul_equals_its_definition(make: Any, rows: int) -> None:
     np.testing.assert_array_equal(em.dense(matrix), em.dense(matrix, em.PLAIN))  # exact in BF16
 
 
+YARN_GOLDEN = [
+    1.0, 6.876560e-1, 4.728708e-1, 3.251724e-1, 2.236068e-1, 1.537646e-1, 1.057371e-1, 7.271077e-2, 5.0e-2,
+    3.438280e-2, 2.364354e-2, 1.625862e-2, 1.118034e-2, 7.688228e-3, 5.286856e-3, 3.635539e-3, 2.265625e-3,
+    1.396801e-3, 8.496897e-4, 5.080820e-4, 2.969778e-4, 1.681800e-4, 9.086784e-5, 4.544423e-5, 1.953125e-5,
+    5.372312e-6, 3.694303e-6, 2.540410e-6, 1.746928e-6, 1.201286e-6, 8.260713e-7, 5.680529e-7,
+]  # fmt: skip
+"""Rotary frequencies of the released models' compressed layers, to seven digits (2.0)."""
+
+
 def test_yarn_golden() -> None:
-    golden = [
-        1.0, 6.876560e-1, 4.728708e-1, 3.251724e-1, 2.236068e-1, 1.537646e-1, 1.057371e-1, 7.271077e-2, 5.0e-2,
-        3.438280e-2, 2.364354e-2, 1.625862e-2, 1.118034e-2, 7.688228e-3, 5.286856e-3, 3.635539e-3, 2.265625e-3,
-        1.396801e-3, 8.496897e-4, 5.080820e-4, 2.969778e-4, 1.681800e-4, 9.086784e-5, 4.544423e-5, 1.953125e-5,
-        5.372312e-6, 3.694303e-6, 2.540410e-6, 1.746928e-6, 1.201286e-6, 8.260713e-7, 5.680529e-7,
-    ]  # fmt: skip
     for ratio in (4, 128):
-        np.testing.assert_allclose(em.frequencies(OFFICIAL_ROPE, ratio), golden, rtol=6e-7)  # seven digits given
+        np.testing.assert_allclose(em.frequencies(OFFICIAL_ROPE, ratio), YARN_GOLDEN, rtol=6e-7)  # seven digits given
     np.testing.assert_allclose(em.frequencies(OFFICIAL_ROPE, 0), 10000.0 ** (-np.arange(32) / 32), rtol=3e-7)
 
 

@@ -13,19 +13,26 @@ from dsjax.config.v3 import yarn_magnitude
 
 
 def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarray:
-    """Radians per position of each pair, float32 [channels/2]; the same at every length (spec V3 2.2, V4 2.0)."""
+    """Radians per position of each pair, float32 [channels/2]; the same at every length (spec V3 2.2, V4 2.0).
+
+    DeepSeek builds them in float32; for the thetas of its releases these equal PyTorch's bit for bit. At position 1e6 a
+    last bit is 0.06 radians.
+    """
     d = channels
-    plain = theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
+    # NumPy's float32 power is off by up to two units in the last place; float64's, rounded, is not.
+    powers = theta ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d)).astype(np.float64)
+    plain = np.float32(1) / powers.astype(np.float32)
     if yarn is None:
-        return plain.astype(np.float32)
+        return plain
 
     def pair_that_turns(turns: float) -> float:
         return d * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
-    ramp = np.clip((np.arange(d // 2) - low) / ((high - low) or 0.001), 0, 1)
-    return (plain / yarn.factor * ramp + plain * (1 - ramp)).astype(np.float32)
+    ramp = np.clip((np.arange(d // 2, dtype=np.float32) - low) / np.float32((high - low) or 0.001), 0, 1)
+    kept = 1 - ramp
+    return plain / np.float32(yarn.factor) * (1 - kept) + plain * kept
 
 
 def rope_magnitude(config: V3Config) -> float:

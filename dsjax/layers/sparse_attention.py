@@ -164,7 +164,7 @@ class Call:
     ids: jax.Array
     main: RopeTable
     compress: RopeTable
-    entries: dict[int, RopeTable]
+    entries: dict[int, tuple[jax.Array, jax.Array]]
 
     @property
     def start(self) -> jax.Array:
