@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsjax.cache import SPARE
 from dsjax.cache.rows import RowFormat
-from dsjax.cache.v4 import Compressed, overlap, read_ring, write_entries, write_ring
+from dsjax.cache.v4 import SHORT_STEP, Compressed, overlap, read_ring, write_entries, write_ring
 from dsjax.layers.norm import rms_norm
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
@@ -99,7 +98,7 @@ class Compressor:
             inputs = write_ring(state.inputs, layer, positions, valid, new)
             at = window_positions(numbers, self.ratio)
             size = inputs.shape[2]
-            if x.shape[1] <= SPARE + 1:  # the ring still has all that these entries pool
+            if x.shape[1] <= SHORT_STEP:  # the ring still has all that these entries pool
 
                 def read() -> jax.Array:
                     slots = jnp.arange(at.shape[0])[:, None, None]

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
-from dsjax.cache import SPARE
 from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import (
+    SHORT_STEP,
     Compressed,
     V4Cache,
     entry_block,
@@ -164,7 +164,7 @@ class Call:
     ids: jax.Array
     main: RopeTable
     compress: RopeTable
-    entries: dict[int, tuple[jax.Array, jax.Array]]
+    entries: dict[int, Any]  # RopeTables, each of a length of its own
 
     @property
     def start(self) -> jax.Array:
@@ -232,7 +232,7 @@ class SparseAttention:
             kv = numerics.round(rms_norm(kv, self.params["kv_norm"][self.layer], eps))
             new = self.kv_row.encode(numerics.round(rope_tail(kv, table)))
             window = write_ring(cache.window, self.layer, call.positions, call.valid, new)
-            if x.shape[1] <= SPARE + 1:  # the ring still has all that the first query looks back at
+            if x.shape[1] <= SHORT_STEP:  # the ring still has all that the first query looks back at
                 source = self._ring(read_ring(window, self.layer), call)
             else:
                 source = self._band(read_ring(cache.window, self.layer), new, call)
