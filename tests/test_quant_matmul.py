@@ -310,7 +310,7 @@ def test_every_fp4_byte_and_every_scale(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 16])
-@pytest.mark.parametrize(("n", "k"), [(40, 512), (7, 288), (24, 1056), (5, 96)], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(40, 512), (7, 192), (24, 1056), (5, 96)], ids=str)
 def test_fp4_products(tokens: int, n: int, k: int) -> None:
     """Channels that divide into 8 groups and such that do not, for one matrix and for several gathered from a stack."""
     rng = np.random.default_rng(tokens)
