@@ -34,13 +34,12 @@ def swiglu(
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    if numerics.native:  # DeepSeek's order of roundings
-        inner = gate / (1 + jnp.exp(-gate)) * up
-        return numerics.round(inner if weight is None else inner * weight)
-    if weight is not None:
-        up = up * weight
-    # The division last: XLA:CPU never repeats one inside the product that follows, as it would a multiplication.
-    return numerics.round(gate * up / (1 + jnp.exp(-gate)))
+    divisor = 1 + jnp.exp(-gate)
+    # In native DeepSeek's order of roundings. Else the division last: XLA:CPU never repeats one inside the product that
+    # follows, as it would a multiplication.
+    inner = gate / divisor * up if numerics.native else gate * up / divisor
+    # The weight not before the division: XLA:CPU would split gate's and up's products into two results.
+    return numerics.round(inner if weight is None else inner * weight)
 
 
 class SwiGLU(nnx.Module):
