@@ -59,12 +59,17 @@ class Numerics:
           weights: what its weights are held as, one of `params.WEIGHTS`.
 
         Raises:
-          InputError: for native on an FP8 checkpoint held as anything else: native is DeepSeek's own FP8 products.
+          InputError: for native on an FP8 checkpoint held as anything else: native is DeepSeek's own FP8 products; for a
+        choice that this architecture does not have.
         """
         if self.native and config.quantization is not None and weights != "stored":
             raise InputError(
                 f"--weights {weights} cannot be combined with --numerics native, which multiplies the stored FP8 codes"
             )
+        if self.mla != "auto" and isinstance(config, V4Config):
+            raise InputError(f"--mla {self.mla}: expected a model with latent attention, found {config.model_type}")
+        if self.kv != "auto" and not isinstance(config, V4Config):
+            raise InputError(f"--kv {self.kv}: expected a deepseek_v4 model, found {config.model_type}")
         pow2 = isinstance(config, V4Config) or (config.quantization is not None and config.quantization.pow2)
         return dataclasses.replace(self, pow2=pow2)
 

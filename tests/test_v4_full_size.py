@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -118,3 +121,50 @@ def test_fp4_stays_packed() -> None:
     assert gate.codes.dtype == gate.scales.dtype == np.uint8
     leaves = sum(len(leaf_arrays(r, config, official_storage(r, config))) for r in table(config) if not is_mtp(r))
     assert leaves == len(jax.tree.leaves(abstract_params(config)))
+
+
+_SUBPROCESS = """
+import dataclasses, json, resource, sys, time
+import jax, jax.numpy as jnp
+from functools import partial
+from dsjax.config import load_config
+from dsjax.models import v4
+from dsjax.models.schedule import find_schedule
+from dsjax.numerics import Numerics
+from dsjax.params import abstract_params
+
+config, sizes = load_config(sys.argv[1]), {}
+schedule = find_schedule(v4.layer_kinds(config))
+for layers in (config.num_hidden_layers, schedule.prefix + 2 * schedule.period):
+    ratios = config.compress_ratios[:layers]
+    c = dataclasses.replace(config, num_hidden_layers=layers, compress_ratios=ratios)
+    params, numerics = abstract_params(c), Numerics("native").for_checkpoint(c)
+    cache = jax.eval_shape(partial(v4.new_cache, c, numerics, 1, 1 << 20))
+    for tokens in (1, 256):
+        step = jax.jit(partial(v4.step, c, numerics), donate_argnums=1)
+        new = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        sizes[f"{layers},{tokens}"] = len(step.lower(params, cache, *new).as_text())
+    if layers == config.num_hidden_layers:
+        seconds = time.process_time()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak": peak, "sizes": sizes, "schedule": dataclasses.asdict(schedule)}))
+"""
+
+
+@pytest.mark.parametrize("name", [FLASH, PRO])
+def test_traces_and_lowers_fast_and_small(name: str) -> None:
+    """In a fresh process, imports included: decode and prefill of all layers at 1 Mi positions, in 20 s and 3 GB.
+
+    Seconds are of all threads together: no less than they take on an idle machine. The module of all layers is as large
+    as that of the layers before the period and two periods: 5 layers are written.
+    """
+    done = subprocess.run([sys.executable, "-c", _SUBPROCESS, name], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["seconds"] < 20, found
+    assert found["peak"] < 3e9, found
+    layers = config_of(name).num_hidden_layers
+    schedule = found["schedule"]
+    assert (schedule["prefix"], schedule["period"]) == (3, 2)
+    assert schedule["prefix"] + schedule["period"] * schedule["repeats"] == layers
+    for tokens in (1, 256):
+        assert found["sizes"][f"{layers},{tokens}"] <= 1.01 * found["sizes"][f"7,{tokens}"], found

@@ -74,7 +74,15 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="activations and cache")
     parser.add_argument("--numerics", choices=("plain", "native"), default="plain")
-    parser.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention")
+    parser.add_argument(
+        "--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention (V2, V3)"
+    )
+    parser.add_argument(
+        "--kv",
+        choices=("auto", "fp8", "bfloat16"),
+        default="auto",
+        help="what native holds V4's keys as; auto is fp8, as the model was trained",
+    )
     _weights_flag(parser)
 
 

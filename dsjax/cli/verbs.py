@@ -41,7 +41,7 @@ def _note(text: str) -> None:
 
 
 def _numerics(options: argparse.Namespace) -> Numerics:
-    return Numerics(options.numerics, options.dtype, options.mla)
+    return Numerics(options.numerics, options.dtype, options.mla, kv=options.kv)
 
 
 def synth(options: argparse.Namespace) -> int:

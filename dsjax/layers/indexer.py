@@ -38,7 +38,7 @@ def _bfloat16(x: jax.Array) -> jax.Array:
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def top_entries(
+def lightning_indexer(
     q: Float[Array, "B T I X"],
     weights: Float[Array, "B T I"],
     keys: Rows,

@@ -33,3 +33,17 @@ def add_norm(
     """
     total = residual.astype(jnp.float32) + delta.astype(jnp.float32)
     return numerics.round(total), numerics.round(rms_norm(total, gain, eps))
+
+
+def head_norm(q: Float[Array, "B T H U"], eps: float, numerics: Numerics) -> Float[Array, "B T H U"]:
+    """Each head's vector over its root mean square, without a gain (spec V4 2.3, step 2).
+
+    In native every operation rounds to bfloat16, the mean's sum apart, as DeepSeek's code on a bfloat16 tensor does.
+    """
+    if not numerics.native:
+        x = q.astype(jnp.float32)
+        return numerics.round(x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps))
+    r, x = numerics.round, q.astype(jnp.float32)
+    square = r(x * x).astype(jnp.float32)
+    mean = r(r(jnp.mean(square, axis=-1, keepdims=True)).astype(jnp.float32) + eps).astype(jnp.float32)
+    return r(x * r(lax.rsqrt(mean)).astype(jnp.float32))

@@ -7,13 +7,13 @@ is bounded by a block of queries and a piece of keys, whatever the cache holds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import (
@@ -22,6 +22,8 @@ from dsjax.cache.v4 import (
     V4Cache,
     entry_block,
     gather_entries,
+    index_format,
+    kv_format,
     read_entries,
     read_ring,
     ring_positions,
@@ -30,9 +32,10 @@ from dsjax.cache.v4 import (
 from dsjax.config import V4Config
 from dsjax.config.v4 import CSA, HCA, WINDOW
 from dsjax.layers.compressor import Compressor
-from dsjax.layers.indexer import top_entries
-from dsjax.layers.norm import rms_norm
+from dsjax.layers.indexer import lightning_indexer
+from dsjax.layers.norm import head_norm, rms_norm
 from dsjax.layers.rope import RopeTable, inverse, rope_tail
+from dsjax.layers.sink_attention import Keys, sink_attention
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import E2M1, batched_dot, fake_quantise, hadamard, split_rows
@@ -42,111 +45,6 @@ QUERY_BLOCK = 128
 
 GATHER_BYTES = 16 << 20
 """Of chosen entries, decoded, that one block of queries gathers, at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """One source of keys, in pieces.
-
-    Attributes:
-      pieces: how many; 1, or an int32 [].
-      load: piece -> (keys, which are values too, [B, S, U] for all queries or [B, q, S, U] for each its own;
-        bool [B, q, S], who is seen by whom).
-    """
-
-    pieces: Any
-    load: Callable[[Any], tuple[jax.Array, jax.Array]]
-
-
-def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
-    """q [B, q, H, U] with keys: float32 [B, q, H, S]."""
-    return _einsum("bqhu,bsu->bqhs" if keys.ndim == 3 else "bqhu,bqsu->bqhs", q, keys)
-
-
-def _values(p: jax.Array, keys: jax.Array) -> jax.Array:
-    """Probabilities [B, q, H, S] with keys as values: float32 [B, q, H, U]."""
-    return _einsum("bqhs,bsu->bqhu" if keys.ndim == 3 else "bqhs,bqsu->bqhu", p, keys)
-
-
-def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    if a.dtype == b.dtype == jnp.bfloat16:
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-    return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-
-
-def sink_attention(
-    q: Float[Array, "B q H U"],
-    sources: Sequence[Keys],
-    sink: Float32[Array, " H"],
-    scale: float,
-    numerics: Numerics,
-) -> Float[Array, "B q H U"]:
-    """softmax with a sink over all keys of all sources, times the keys (spec V4 2.3, step 6).
-
-        o_h = sum_k p_k key_k / (sum_k p_k + exp(sink_h - M)),  p_k = exp(s_k - M),  s_k = scale q_h . key_k
-
-    In plain M is a running maximum. In native it is the maximum over all keys, known before the values are summed, for
-    p is rounded to bfloat16 for the sum: so the result does not depend on the order of keys. (DeepSeek's kernel rounds
-    against a running maximum over blocks of 64, in an order that differs between its prefill and its decode.)
-
-    Args:
-      q: [B, q, H, U] in the activation dtype.
-      sources: every query sees at least one key.
-      sink: float32 [H].
-      scale: of scores, not of the sink.
-
-    Returns:
-      [B, q, H, U], rounded to the activation dtype.
-    """
-
-    def scores(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        keys, seen = piece
-        return jnp.where(seen[:, :, None], _products(q, keys) * scale, -jnp.inf)
-
-    def over(source: Keys, f: Callable[[Any, Any], Any], state: Any) -> Any:
-        if isinstance(source.pieces, int):
-            assert source.pieces == 1
-            return f(source.load(0), state)
-        return lax.fori_loop(0, source.pieces, lambda j, state: f(source.load(j), state), state)
-
-    def measure(piece: Any, top: jax.Array) -> jax.Array:
-        return jnp.maximum(top, scores(piece).max(axis=-1))
-
-    def add(piece: Any, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top, total, out = state
-        s = scores(piece)
-        if not numerics.native:
-            new_top = jnp.maximum(top, s.max(axis=-1))
-            # No key so far, and none in this piece: nothing is to be scaled.
-            decay = jnp.where(top == new_top, 1.0, jnp.exp(top - new_top))
-            top, total, out = new_top, total * decay, out * decay[..., None]
-        p = jnp.where(s > -jnp.inf, jnp.exp(s - top[..., None]), 0)
-        return top, total + p.sum(axis=-1), out + _values(numerics.round(p), piece[0])
-
-    shape = q.shape[:3]
-    top = jnp.full(shape, -jnp.inf)
-    if numerics.native:
-        for source in sources:
-            top = over(source, measure, top)
-    state = top, jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
-    for source in sources:
-        state = over(source, add, state)
-    top, total, out = state
-    return numerics.round(out / (total + jnp.exp(sink - top))[..., None])
-
-
-def head_norm(q: Float[Array, "B T H U"], eps: float, numerics: Numerics) -> Float[Array, "B T H U"]:
-    """Each head's vector over its root mean square, without a gain (spec V4 2.3, step 2).
-
-    In native every operation rounds to bfloat16, the mean's sum apart, as DeepSeek's code on a bfloat16 tensor does.
-    """
-    if not numerics.native:
-        x = q.astype(jnp.float32)
-        return numerics.round(x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps))
-    r, x = numerics.round, q.astype(jnp.float32)
-    square = r(x * x).astype(jnp.float32)
-    mean = r(r(jnp.mean(square, axis=-1, keepdims=True)).astype(jnp.float32) + eps).astype(jnp.float32)
-    return r(x * r(lax.rsqrt(mean)).astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +105,7 @@ class SparseAttention:
         self.config, self.numerics = config, numerics
         self.params, self.compressed = params, compressed
         self.ratio, self.layer, self.place = ratio, layer, place
-        self.kv_row = RowFormat(numerics.kv_format, config.head_dim, config.qk_rope_head_dim)
-        self.index_row = RowFormat("fp4" if numerics.native else numerics.dtype, config.index_head_dim)
+        self.kv_row, self.index_row = kv_format(config, numerics), index_format(config, numerics)
 
     def __call__(self, x: Float[Array, "B T D"], cache: V4Cache, call: Call) -> tuple[Float[Array, "B T D"], V4Cache]:
         """Attends, and remembers the new tokens.
@@ -336,7 +233,7 @@ class SparseAttention:
                 if chosen_few:
                     assert cache.index is not None
                     with jax.named_scope("indexer"):
-                        chosen = top_entries(
+                        chosen = lightning_indexer(
                             lax.dynamic_slice_in_dim(index_q, first, size, axis=1),
                             lax.dynamic_slice_in_dim(weights, first, size, axis=1),
                             cache.index.entries,
