@@ -1,4 +1,4 @@
-"""RMSNorm, alone and with the residual addition in front of it."""
+"""RMSNorm: alone, with the residual addition in front of it, and of each head without a gain."""
 
 from __future__ import annotations
 
