@@ -59,8 +59,8 @@ class Numerics:
           weights: what its weights are held as, one of `params.WEIGHTS`.
 
         Raises:
-          InputError: for native on an FP8 checkpoint held as anything else, native being DeepSeek's own FP8 products; for a
-            choice that this architecture does not have.
+          InputError: for native on an FP8 checkpoint held as anything else, native being DeepSeek's own FP8 products;
+            for a choice that this architecture does not have.
         """
         if self.native and config.quantization is not None and weights != "stored":
             raise InputError(
