@@ -55,11 +55,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 20,
         "routed_scaling_factor": 2.5,
     },
-    # One layer each, experts by score.
-    "window": {"compress_ratios": [0, 0], "num_hash_layers": 0, "sliding_window": 20},
-    "csa": {"compress_ratios": [4, 0], "num_hash_layers": 0, "sliding_window": 20},
-    "hca": {"compress_ratios": [128, 0], "num_hash_layers": 0, "sliding_window": 20},
-    # And for native numerics with heads that a KV scale group divides, keys that an FP4 scale group divides.
+    # Nothing but a scan of two periods.
+    "periods": {"compress_ratios": [4, 128, 4, 128, 0], "num_hash_layers": 0, "sliding_window": 128},
+    # One layer each, experts by score; heads that a KV scale group divides, keys that an FP4 scale group divides.
     **{
         f"{name}-native": {
             "compress_ratios": [ratio, 0],
@@ -127,17 +125,19 @@ def model(name: str) -> Model:
 
 
 @lru_cache
+def _jitted(function: Any, name: str, numerics: Numerics) -> Any:
+    one = model(name)
+    return partial(jax.jit(partial(function, one.config, numerics, want="all")), one.params)
+
+
 def step_of(name: str, numerics: Numerics = FLOAT32) -> Any:
     """(cache, tokens, n_new) -> (logits of all, streams, cache), jitted; the cache is not donated."""
-    one = model(name)
-    return partial(jax.jit(partial(v4.step, one.config, numerics, want="all")), one.params)
+    return _jitted(v4.step, name, numerics)
 
 
-@lru_cache
 def draft_of(name: str, numerics: Numerics = FLOAT32) -> Any:
     """(cache, hidden, tokens, n_new) -> (logits of all, streams, cache), jitted; the cache is not donated."""
-    one = model(name)
-    return partial(jax.jit(partial(v4.draft, one.config, numerics, want="all")), one.params)
+    return _jitted(v4.draft, name, numerics)
 
 
 def empty(name: str, batch: int = 2, max_length: int = TOKENS, numerics: Numerics = FLOAT32, **how: Any) -> V4Cache:
