@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,15 @@ def check_space(out: Path, needed: int) -> None:
         raise InputError(f"{out}: expected {needed:,} bytes free on the disk, found {free:,}")
 
 
+def _remove(folder: Path) -> None:
+    """Removes a folder that others may still write to for a moment, as Orbax's threads do after one has failed."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
@@ -57,7 +67,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def check_new_file(out: Path) -> None:

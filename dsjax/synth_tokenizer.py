@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -35,6 +36,7 @@ _TEMPLATES = {
     "deepseek-v3.1": _TURNS.replace("ANSWER", "'</think>' + " + _AFTER_THINK)
     + "{% if add_generation_prompt %}{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{% endif %}",
 }
+_WITHOUT_TEMPLATE = ("deepseek-v4-flash", "deepseek-v4-pro")  # V4's encoding is a program, no template (spec V4 8)
 _PLAIN = _TURNS.replace("ANSWER", "m['content']") + "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 
 
@@ -46,7 +48,7 @@ def write_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
     Args:
       folder: where to.
       vocab_size: the model's; the tokenizer has at most as many tokens.
-      template: the preset whose chat template to write.
+      template: the preset whose chat template to write, if it has one.
     """
     if vocab_size < MIN_VOCABULARY:
         return
@@ -62,14 +64,15 @@ def write_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
     )
     tokenizer.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "LlamaTokenizerFast",
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": EOS,
-        "chat_template": _TEMPLATES.get(template, _PLAIN),
     }
+    if template not in _WITHOUT_TEMPLATE:
+        config["chat_template"] = _TEMPLATES.get(template, _PLAIN)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

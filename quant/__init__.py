@@ -3,6 +3,7 @@
 from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, F16, FORMATS, INT4, INT8, Format
 from quant.grouped import (
     Groups,
+    batched_dot,
     expert_dot,
     experts_at_once,
     group_size,
@@ -21,7 +22,15 @@ from quant.matmul import (
     transposed_tile_dot,
 )
 from quant.qarray import WHOLE, QArray, dequantise, look_up, retile, split_rows
-from quant.transforms import act_quant, fake_act_quant, fake_quantise, hadamard, quantise
+from quant.transforms import (
+    act_quant,
+    dequantise_rows,
+    fake_act_quant,
+    fake_quantise,
+    hadamard,
+    quantise,
+    quantise_rows,
+)
 
 __all__ = [
     "BF16",
@@ -39,8 +48,10 @@ __all__ = [
     "Groups",
     "QArray",
     "act_quant",
+    "batched_dot",
     "block_scaled_dot",
     "dequantise",
+    "dequantise_rows",
     "expert_dot",
     "experts_at_once",
     "fake_act_quant",
@@ -52,6 +63,7 @@ __all__ = [
     "hadamard",
     "look_up",
     "quantise",
+    "quantise_rows",
     "reference_block_scaled_dot",
     "reference_dot",
     "retile",

@@ -93,6 +93,22 @@ def decode_finite_e4m3(codes: jax.Array) -> tuple[jax.Array, float]:
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32), _E4M3_REBIAS
 
 
+def decode_packed_e2m1(packed: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+    """Packed E2M1 codes, uint8 [..., K/2] -> (even values, odd values, factor): `values * factor` are the numbers.
+
+    Both values are float32 [..., K/2]; the factor is left to the caller, as in `decode_finite_e4m3`.
+    """
+    # A nibble's sign is copied down by an arithmetic shift until its number is in float16's place; the mask clears the
+    # copies. Five operations for two numbers, against eleven with sign and number apart.
+    wide = lax.bitcast_convert_type(packed, jnp.int8).astype(jnp.int16)
+    even, odd = (bits & jnp.int16(~0x71FF) for bits in ((wide << 12) >> 3, wide << 5))
+
+    def values(bits: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+    return values(even), values(odd), _E2M1_REBIAS
+
+
 def decode(codes: jax.Array, fmt: Format) -> jax.Array:
     """Codes -> float32 values, exactly; NaN codes give NaN.
 

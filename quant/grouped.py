@@ -103,6 +103,30 @@ def expert_dot(
     return tile_dot(tile, x)
 
 
+def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float32[Array, "G T N"]:
+    """x[g] times the transpose of w[*index, g] for every g, as many matrices at a time as fit a tile.
+
+    Args:
+      x: float [G, T, K].
+      w: [*lead, G, N, K].
+      index: indices of the `lead` axes.
+    """
+    matrices, tokens = x.shape[:2]
+    fit = tile_elements(w.shape[-2:], w, tokens, x.dtype) // math.prod(w.shape[-2:])
+    trips = -(-matrices // max(1, fit))
+    while matrices % trips:
+        trips += 1
+    at_once = matrices // trips
+
+    def run(first: Any) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(x, first, at_once, axis=0)
+        return expert_dot(rows, w, first + jnp.arange(at_once, dtype=jnp.int32), index)
+
+    if trips == 1:
+        return run(0)
+    return lax.scan(lambda _, i: (None, run(i * at_once)), None, jnp.arange(trips))[1].reshape(matrices, tokens, -1)
+
+
 def experts_at_once(groups: Groups, matrices: Sequence[Weight], dtype: Any) -> int:
     """Blocks that one `expert_dot` takes: as many of the largest matrix as fit a tile, at most all of them."""
     blocks = groups.expert.shape[0]
@@ -111,18 +135,34 @@ def experts_at_once(groups: Groups, matrices: Sequence[Weight], dtype: Any) -> i
     return -(-blocks // trips)
 
 
+def _by_row(values: Float[Array, "T k"], groups: Groups) -> Float32[Array, " rows"]:
+    """The value of the assignment in every row, float32 [G * size]; zero in empty rows."""
+    t, k = groups.place.shape
+    rows = groups.token.shape[0]
+    values = values.astype(jnp.float32)
+    if t == 1 and groups.size == 1:
+        return jnp.where(groups.place[0] < k, values[0], 0)  # in order
+    return jnp.zeros(rows, jnp.float32).at[groups.place].set(values, mode="drop")
+
+
 def grouped_map(
-    f: Callable[[jax.Array, jax.Array], jax.Array], x: Float[Array, "T K"], groups: Groups, at_once: int
+    f: Callable[..., jax.Array],
+    x: Float[Array, "T K"],
+    groups: Groups,
+    at_once: int,
+    row_values: Float[Array, "T k"] | None = None,
 ) -> Shaped[Array, "rows N"]:
     """Applies f to the blocks that hold work, `at_once` blocks at a time.
 
     Work grows with the routed tokens, not with the number of experts.
 
     Args:
-      f: (rows [C, size, K], experts int32 [C]) -> [C, size, N]. Empty rows are zero.
+      f: (rows [C, size, K], experts int32 [C]) -> [C, size, N]. Empty rows are zero. With `row_values`, f takes them as
+        a third argument, float32 [C, size], zero in empty rows.
       x: float [T, K].
       groups: from `group_tokens`.
       at_once: C.
+      row_values: float [T, k], one number per assignment, such as its routing weight.
 
     Returns:
       [>= G * size, N], a row per place in `groups`; rows of unused blocks are zero.
@@ -132,20 +172,23 @@ def grouped_map(
     pad = trips * at_once - blocks
     token = jnp.pad(groups.token, (0, pad * groups.size), constant_values=x.shape[0])
     experts = jnp.pad(groups.expert, (0, pad))
+    values = None if row_values is None else jnp.pad(_by_row(row_values, groups), (0, pad * groups.size))
 
     def run(i: Any) -> jax.Array:
         rows = at_once * groups.size
         source = lax.dynamic_slice_in_dim(token, i * rows, rows)
         picked = x.at[source].get(mode="fill", fill_value=0).reshape(at_once, groups.size, -1)
-        y = f(picked, lax.dynamic_slice_in_dim(experts, i * at_once, at_once))
-        return y.reshape(rows, -1)
+        args = [picked, lax.dynamic_slice_in_dim(experts, i * at_once, at_once)]
+        if values is not None:
+            args.append(lax.dynamic_slice_in_dim(values, i * rows, rows).reshape(at_once, groups.size))
+        return f(*args).reshape(rows, -1)
 
     if trips == 1:
         return run(0)
     shape = jax.eval_shape(run, 0)
     (rows, n), dtype = shape.shape, shape.dtype
     if dtype == jnp.bfloat16:  # XLA:CPU would widen the whole array at every update
-        bits = grouped_map(lambda *a: lax.bitcast_convert_type(f(*a), jnp.uint16), x, groups, at_once)
+        bits = grouped_map(lambda *a: lax.bitcast_convert_type(f(*a), jnp.uint16), x, groups, at_once, row_values)
         return lax.bitcast_convert_type(bits, dtype)
 
     # Each trip stores the rows of the trip before: an update that is computed where it is stored takes one thread only

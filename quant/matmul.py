@@ -20,7 +20,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
-from quant.formats import BF16, E4M3, F16, decode, decode_finite_e4m3, round_to_bfloat16, unpack
+from quant.formats import (
+    BF16,
+    E2M1,
+    E4M3,
+    F16,
+    decode,
+    decode_finite_e4m3,
+    decode_packed_e2m1,
+    round_to_bfloat16,
+    unpack,
+)
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 TILE_BYTES = 4 << 20
@@ -42,6 +52,13 @@ LANES = 32
 MAX_STEPS = 16
 """Additions per lane in one partial sum. XLA:CPU unrolls a reduction of up to 16 and then vectorises the lanes; one
 more and it does neither (2048 x 1024: 22 against 3 billion weights a second)."""
+
+GROUP = 32
+"""Channels under one scale, each row with its own, in OCP's MX formats: DeepSeek-V4's FP4 experts."""
+
+GROUP_STEPS = 8
+"""MAX_STEPS of the form for such groups. A step does twice as much: with 16 XLA:CPU unrolls but vectorises nothing
+(a third of the speed)."""
 
 Index = tuple[Any, ...]
 """One index, static or traced, per leading (layer, expert) axis of a stacked weight."""
@@ -89,19 +106,26 @@ def reference_block_scaled_dot(
 
 
 def _split_scales(tile: QArray) -> tuple[jax.Array | None, jax.Array | None]:
-    """(block scales [*lead, R, CB], each of N / R rows; row scales [*lead, N]), at least one of them None.
+    """(block scales [*lead, R, CB] as held, of N / R rows each; float32 row scales [*lead, N]); one of them is None.
 
     A scale that spans all channels is a row scale: it is applied to the result, at no cost per weight.
     """
     if tile.scales is None:
         return None, None
-    scales = scale_values(tile.scales)
+    scales = tile.scales
     n = tile.shape[-2]
     bn = tile.block[0] or n
     if scales.shape[-1] == 1:
-        return None, expand_scales(scales, (bn, 1), (n, 1))[..., 0]
+        return None, expand_scales(scale_values(scales), (bn, 1), (n, 1))[..., 0]
     rows = math.gcd(n, bn)  # a last block that is cut: smaller blocks of equal size
     return (scales if rows == bn else scales[..., np.arange(0, n, rows) // bn, :]), None
+
+
+def _nibbles(tile: QArray) -> tuple[jax.Array, jax.Array, float]:
+    """Values of the even and of the odd channels of a packed tile, each [*lead, N, K/2], and a factor on them."""
+    if tile.format == E2M1:
+        return decode_packed_e2m1(tile.codes)
+    return decode(tile.codes & 0xF, tile.format), decode(tile.codes >> 4, tile.format), 1.0
 
 
 def _parts(tile: Weight, x: jax.Array) -> tuple[list[tuple[jax.Array, jax.Array, int]], float]:
@@ -117,18 +141,16 @@ def _parts(tile: Weight, x: jax.Array) -> tuple[list[tuple[jax.Array, jax.Array,
     if bk % 2:
         return [(decode(unpack(tile.codes), tile.format), x, bk)], 1.0
     # Interleaving the nibbles costs six times as much as splitting the activations into even and odd channels.
-    return [
-        (decode(tile.codes & 0xF, tile.format), x[..., 0::2], bk // 2),
-        (decode(tile.codes >> 4, tile.format), x[..., 1::2], bk // 2),
-    ], 1.0
+    even, odd, factor = _nibbles(tile)
+    return [(even, x[..., 0::2], bk // 2), (odd, x[..., 1::2], bk // 2)], factor
 
 
-def fused_steps(length: int, axis: int = -1) -> int:
-    """Additions per lane in one partial sum of `fused_sum`, or 0 where `length` does not divide into such sums well."""
-    groups, rest = divmod(length, LANES if axis == -1 else 1)
+def fused_steps(length: int, lanes: int = LANES, most: int = MAX_STEPS) -> int:
+    """Additions per lane in one partial sum, or 0 where `length` does not divide into such sums well."""
+    groups, rest = divmod(length, lanes)
     if rest or not groups:
         return 0
-    steps = max(s for s in range(1, MAX_STEPS + 1) if groups % s == 0)
+    steps = max(s for s in range(1, most + 1) if groups % s == 0)
     return steps if steps == groups or steps >= 4 else 0
 
 
@@ -139,10 +161,17 @@ def fused_sum(products: jax.Array) -> jax.Array:
     return lax.optimization_barrier(partial_sums).sum(axis=(-2, -1))
 
 
+def _has_row_groups(w: Weight) -> bool:
+    """Whether each row of w has a scale for every GROUP channels, two channels a byte."""
+    return isinstance(w, QArray) and w.format.packed and w.block == (1, GROUP)
+
+
 def can_fuse(shape: tuple[int, ...], w: Weight, tokens: int) -> bool:
     """Whether a tile [..., N, K] of w takes the fused form."""
     n, k = shape[-2:]
     packed = isinstance(w, QArray) and w.format.packed
+    if _has_row_groups(w):
+        return tokens <= FUSED_TOKENS and fused_steps(k, GROUP, GROUP_STEPS) > 0
     if tokens > FUSED_TOKENS or not fused_steps(k // 2 if packed else k):
         return False
     if not isinstance(w, QArray) or w.scales is None or w.scales.shape[-1] == 1:
@@ -155,7 +184,39 @@ def _takes_bfloat16(w: Weight, tokens: int, dtype: Any) -> bool:
     return isinstance(w, QArray) and w.format != F16 and dtype == jnp.bfloat16 and tokens > FUSED_TOKENS
 
 
+def _fused_group_dot(tile: QArray, x: jax.Array) -> jax.Array:
+    """The fused form for scales per row and GROUP channels. The 16 bytes of a group are 16 lanes, one scale for all."""
+    *lead, n, k = tile.shape
+    t = x.shape[-2]
+    lanes = GROUP // 2
+    steps = fused_steps(k, GROUP, GROUP_STEPS)
+    grid = (k // GROUP // steps, steps, lanes)
+    even, odd, factor = _nibbles(tile)
+    x = x.astype(jnp.float32)
+
+    def products(values: jax.Array, channels: jax.Array) -> jax.Array:
+        return values.reshape(*lead, n, 1, *grid) * channels.reshape(*lead, 1, t, *grid)
+
+    total = products(even, x[..., 0::2]) + products(odd, x[..., 1::2])
+    scales = tile.scales
+    if scales.dtype == jnp.uint8:  # E8M0 as float32's exponent: 2^-127 becomes zero, as its products would on XLA:CPU
+        scales = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
+    total = total * scales.reshape(*lead, n, 1, *grid[:2], 1)
+    y = lax.optimization_barrier(total.sum(axis=-2)).sum(axis=(-2, -1))  # as in `fused_sum`
+    return jnp.swapaxes(y if factor == 1.0 else y * factor, -1, -2)
+
+
+def _inverse(scales: jax.Array) -> jax.Array:
+    """E8M0 codes as float32 1 / scale, to divide by: exact, and XLA:CPU does not repeat a division for every row of the
+    product that follows, as it would a multiplication. float32 scales as they are, to multiply by."""
+    if scales.dtype != jnp.uint8:
+        return scales
+    return lax.bitcast_convert_type((254 - scales.astype(jnp.int32)) << 23, jnp.float32)
+
+
 def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
+    if isinstance(tile, QArray) and _has_row_groups(tile):
+        return _fused_group_dot(tile, x)
     block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
     *lead, n, _ = tile.shape
     t = x.shape[-2]
@@ -167,11 +228,12 @@ def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
         channels = channels[..., None, :, :]
         if block is not None:
             # The activations are the smaller side: they carry the scales, once per row block.
-            channels = channels * expand_scales(block * factor, (1, bk), (r, k))[..., :, None, :]
+            spread = expand_scales(_inverse(block), (1, bk), (r, k))[..., :, None, :]
+            channels = channels / spread if block.dtype == jnp.uint8 else channels * spread
         channels = lax.optimization_barrier(channels)  # made once, not again for every row
         total = total + values.reshape(*lead, r, n // r, 1, k) * channels.reshape(*channels.shape[:-2], 1, t, k)
     y = fused_sum(total).reshape(*lead, n, t)
-    if block is None and factor != 1.0:
+    if factor != 1.0:
         y = y * factor
     return jnp.swapaxes(y if row is None else y * row[..., None], -1, -2)
 
@@ -187,7 +249,7 @@ def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
         if block is not None:
             # Scales are spread over channels beforehand: the loop over weights then divides no index.
             r = block.shape[-2]
-            spread = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (r, k)))
+            spread = lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (r, k)))
             values = values.reshape(*values.shape[:-2], r, n // r, k) * spread[..., None, :]
             values = values.reshape(*values.shape[:-3], n, k)
         if bfloat16 and isinstance(tile, QArray) and tile.format == BF16:
@@ -215,7 +277,7 @@ def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[A
     """x [*lead, T, N] with the transpose of a tile [*lead, N, K]: y[..., k] = sum_n x[..., n] tile[n, k]."""
     *_, n, k = tile.shape
     t = x.shape[-2]
-    steps = fused_steps(n, -2)
+    steps = fused_steps(n, 1)
     block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
     per_block = n if block is None else n // block.shape[-2]
     packed = isinstance(tile, QArray) and tile.format.packed
@@ -229,7 +291,7 @@ def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[A
     x = lax.optimization_barrier(x if row is None else x * row[..., None, :])
     [(values, _, bk)], factor = _parts(tile, x)
     if block is not None:
-        block = lax.optimization_barrier(expand_scales(block * factor, (1, bk), (block.shape[-2], k)))
+        block = lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (block.shape[-2], k)))
     total: Any = 0
     for first in range(0, n, steps):  # partial sums one by one, each unrolled and vectorised over k
         part = slice(first, first + steps)

@@ -156,7 +156,7 @@ def retile(q: QArray, block: tuple[int, int]) -> QArray:
 
 
 def split_rows(w: jax.Array | QArray, parts: int) -> jax.Array | QArray:
-    """[..., N, K] -> [..., parts, N / parts, K]: a matrix as an axis of matrices. Scale blocks that are cut become finer.
+    """[..., N, K] -> [..., parts, N / parts, K]: a matrix as many. Scale blocks that are cut become finer.
 
     Raises:
       ValueError: if `parts` does not divide N.

@@ -6,6 +6,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8
 
 from quant.formats import E4M3, E8M0, Format, decode, encode, encode_e8m0_ceil, exact_divide, pack
 from quant.qarray import QArray, dequantise, expand_scales
@@ -81,6 +83,75 @@ def act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> tuple[jax.Arra
     return codes[..., 0, :], scales[..., 0, :]
 
 
+def quantise_rows(
+    x: Float[Array, "*batch K"], fmt: Format, group: int
+) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch groups"]]:
+    """Quantises groups of the last axis with UE8M0 scales, both as bytes: what a cache of keys or latents holds.
+
+    scale = the power of two >= max(amax, floor) / max; codes = round(x / scale). With E4M3 and groups of 64 this is
+    DeepSeek-V4's rule for KV (spec V4 4.2), with E2M1 and groups of 32 its rule for the indexer (4.3).
+
+    Args:
+      x: float [..., K].
+      fmt: E4M3, E5M2, E2M1, INT8 or INT4; K must be even for the 4-bit ones.
+      group: channels that share a scale; a last group may be shorter.
+
+    Returns:
+      codes uint8 [..., K], or [..., K/2] for 4-bit formats (low nibble = even channel); scales uint8
+      [..., ceil(K/group)], E8M0.
+
+    Raises:
+      ValueError: if a 4-bit format meets an odd K.
+    """
+    q = quantise(x[..., None, :], fmt, (1, group), pow2=True)
+    return q.codes[..., 0, :], q.scales[..., 0, :]
+
+
+def dequantise_rows(
+    codes: UInt8[Array, "*batch bytes"], scales: UInt8[Array, "*batch groups"], fmt: Format, group: int
+) -> Float32[Array, "*batch K"]:
+    """float32 [..., K], the numbers that `quantise_rows` wrote.
+
+    Args:
+      codes: uint8 [..., K] or, packed, [..., K/2].
+      scales: uint8 [..., ceil(K/group)], E8M0.
+      fmt: the codes' format.
+      group: channels that share a scale.
+
+    Raises:
+      ValueError: if there are more or fewer scales than groups.
+    """
+    q = QArray(codes[..., None, :], scales[..., None, :], fmt, (1, group))
+    if scales.shape[-1] != -(-q.shape[-1] // group):
+        raise ValueError(f"{scales.shape[-1]} scales do not fit {q.shape[-1]} channels in groups of {group}")
+    return dequantise(q)[..., 0, :]
+
+
+def hadamard(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:
+    """x times the orthonormal Hadamard matrix in Sylvester's order, H[i, j] = (-1)^popcount(i & j) / sqrt(K).
+
+    The matrix is symmetric and its own inverse. It spreads one large channel over all, before they share a scale.
+
+    Args:
+      x: float [..., K], K a power of two.
+
+    Returns:
+      float32 [..., K], sums and products in float32.
+
+    Raises:
+      ValueError: if K is no power of two.
+    """
+    k = x.shape[-1]
+    if k < 1 or k & (k - 1):
+        raise ValueError(f"a Hadamard matrix needs a power of two channels, found {k}")
+    # Made in the program: as a constant it would be most of an exported module's text.
+    i, j = (lax.broadcasted_iota(jnp.int32, (k, k), axis) for axis in (0, 1))
+    signs = (1 - 2 * (lax.population_count(i & j) & 1)).astype(jnp.float32)
+    # Signs alone are exact in any format that a matrix unit takes; the factor is applied once, to the sums.
+    sums = jnp.matmul(x.astype(jnp.float32), signs, precision=lax.Precision.HIGHEST)
+    return sums * jnp.float32(k**-0.5)
+
+
 def _act_quant_values(x: jax.Array, pow2: bool, group: int) -> jax.Array:
     codes, scales = act_quant(x, pow2=pow2, group=group)
     q = QArray(codes[..., None, :], scales[..., None, :], E4M3, (1, group))
@@ -99,22 +170,11 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array
 
 def fake_act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> jax.Array:
     """x rounded through `act_quant`, as float32; the gradient passes straight through."""
-    stopped = jax.lax.stop_gradient(x)
+    stopped = lax.stop_gradient(x)
     return _straight_through(x, _act_quant_values(stopped, pow2, group))
 
 
 def fake_quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> jax.Array:
     """dequantise(quantise(x)), float32 [..., N, K]; the gradient passes straight through."""
-    stopped = jax.lax.stop_gradient(x)
+    stopped = lax.stop_gradient(x)
     return _straight_through(x, dequantise(quantise(stopped, fmt, block, pow2=pow2)))
-
-
-def hadamard(x: jax.Array) -> jax.Array:
-    """TEMP"""
-    import numpy as np
-
-    n = x.shape[-1]
-    m = np.ones((1, 1), np.float32)
-    while m.shape[0] < n:
-        m = np.block([[m, m], [m, -m]])
-    return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), m, precision="highest") * n**-0.5

@@ -206,7 +206,7 @@ def official_config(geometry: Geometry) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def _per_block(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def per_block(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Repeats block values [cdiv(out, 128), cdiv(in, 128)] to one value per weight [out, in]."""
     return scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: shape[0], : shape[1]]
 
@@ -229,7 +229,7 @@ def quantise(weight: torch.Tensor, scales: str) -> tuple[torch.Tensor, torch.Ten
         scale = (exponent << 23).view(torch.float32)
         byte = exponent.to(torch.uint8)
         stored = {"ue8m0-f32": scale, "u8": byte, "e8m0": byte.view(torch.float8_e8m0fnu)}[scales]
-    codes = (weight / _per_block(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = (weight / per_block(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes, stored
 
 
@@ -244,7 +244,7 @@ def dequantise(stored: Tensors) -> Tensors:
         if scale is not None:
             if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):  # exponent 0 (2^-127) cannot occur: amax has a floor
                 scale = (scale.view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
-            values[name] = values[name] * _per_block(scale, tensor.shape)
+            values[name] = values[name] * per_block(scale, tensor.shape)
     return values
 
 
@@ -393,22 +393,34 @@ def reference(model: Model, mtp: Model | None, tokens: torch.Tensor) -> tuple[di
     return arrays, min(margins)
 
 
-def write_tensors(folder: Path, stored: Tensors, geometry: Geometry) -> None:
-    """Writes the tensors as one file, or as shards with their index (file names as DeepSeek's: 5 and 6 digits)."""
-    if geometry.shards == 1:
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    files = [f"model-{i + 1:05d}-of-{geometry.shards:06d}.safetensors" for i in range(geometry.shards)]
-    weights = [name for name in stored if not name.endswith("_scale_inv")]
-    place = {name: i if geometry.scatter else i * geometry.shards // len(weights) for i, name in enumerate(weights)}
-    for name in stored.keys() - place.keys():
-        place[name] = place[name.removesuffix("_scale_inv")] + geometry.scatter
-    weight_map = {name: files[place[name] % geometry.shards] for name in sorted(stored)}
+def write_shards(folder: Path, stored: Tensors, place: Mapping[str, int], count: int) -> None:
+    """Writes each tensor into shard `place[name]` of `count`, and their index (file names with 5 and 6 digits)."""
+    files = [f"model-{i + 1:05d}-of-{count:06d}.safetensors" for i in range(count)]
+    weight_map = {name: files[place[name]] for name in sorted(stored)}
     for file in files:
         part = {name: stored[name] for name in stored if weight_map[name] == file}
         save_file(part, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": sum(t.nbytes for t in stored.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(folder: Path, stored: Tensors, geometry: Geometry) -> None:
+    """Writes the tensors as one file, or as shards with their index (file names as DeepSeek's: 5 and 6 digits)."""
+    if geometry.shards == 1:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weights = [name for name in stored if not name.endswith("_scale_inv")]
+    place = {name: i if geometry.scatter else i * geometry.shards // len(weights) for i, name in enumerate(weights)}
+    for name in stored.keys() - place.keys():
+        place[name] = place[name.removesuffix("_scale_inv")] + geometry.scatter
+    write_shards(folder, stored, {name: i % geometry.shards for name, i in place.items()}, geometry.shards)
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder; model files already there are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
+        old.unlink()
 
 
 def make(name: str, folder: Path, seed: int | None = None) -> None:
@@ -439,9 +451,7 @@ def make(name: str, folder: Path, seed: int | None = None) -> None:
             break
     else:
         raise RuntimeError(f"{name}: seed {seed}: routing nearly tied in each of {MAX_TOKEN_DRAWS} draws of tokens")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
-        old.unlink()
+    prepare(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tensors(folder, stored, geometry)
     np.savez(folder / "reference.npz", tokens=tokens.astype(np.int32), **arrays)

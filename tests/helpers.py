@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.cache import Cache, init_cache
 from dsjax.checkpoint.load import load
 from dsjax.config import Config
-from dsjax.models import v3
+from dsjax.models import family
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
-NAMES: tuple[str, ...] = tuple(sorted(p.name for p in GOLDENS.iterdir() if p.is_dir()))
+_ALL = sorted(p.name for p in GOLDENS.iterdir() if p.is_dir())
+NAMES: tuple[str, ...] = tuple(name for name in _ALL if not name.startswith("v4"))
+V4_NAMES: tuple[str, ...] = tuple(name for name in _ALL if name.startswith("v4"))
 FLOAT32 = Numerics("plain", "float32")
 
 SEED = int(os.environ.get("DSJAX_TEST_SEED", 20_000 + datetime.date.today().toordinal()))
@@ -47,6 +47,26 @@ SYNTH_SETTINGS = {
     "num_experts_per_tok": 2,
 }
 """`dsjax synth --set` of a model that takes no time."""
+
+
+V4_SETTINGS = {
+    "hidden_size": 64,
+    "vocab_size": 320,
+    "moe_intermediate_size": 40,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "qk_rope_head_dim": 4,
+    "q_lora_rank": 24,
+    "o_lora_rank": 12,
+    "o_groups": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 4,
+}
+"""The same of V4; the last group of 32 of an expert's `down` is short."""
 
 
 def rng(*key: int) -> np.random.Generator:
@@ -79,11 +99,10 @@ class Golden:
 
 
 def read_golden(folder: Path) -> Golden:
-    """A folder as scripts/make_goldens.py writes it, the MTP module included where there is one."""
-    mtp = json.loads((folder / "config.json").read_text()).get("num_nextn_predict_layers", 0) > 0
-    config, params, _ = load(folder, mtp=mtp)
+    """A folder as scripts/make_goldens*.py write it, the MTP module included where there is one."""
     with np.load(folder / "reference.npz") as reference:
         arrays = dict(reference)
+    config, params, _ = load(folder, mtp="mtp_logits" in arrays)
     return Golden(folder, config, params, arrays["tokens"], arrays["logits"], arrays.get("mtp_logits"))
 
 
@@ -102,13 +121,13 @@ def emulated(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 @lru_cache
 def step_of(config: Config, numerics: Numerics, want: str = "all") -> Any:
     """The step jitted, its cache not donated, so that a test may go on twice from one state."""
-    return jax.jit(partial(v3.step, config, numerics, want=want))
+    return jax.jit(partial(family(config).step, config, numerics, want=want))
 
 
 @lru_cache
 def draft_of(config: Config, numerics: Numerics, want: str = "all") -> Any:
     """The MTP module jitted, its cache not donated."""
-    return jax.jit(partial(v3.draft, config, numerics, want=want))
+    return jax.jit(partial(family(config).draft, config, numerics, want=want))
 
 
 def counts(*n_new: int) -> jax.Array:
@@ -117,11 +136,12 @@ def counts(*n_new: int) -> jax.Array:
 
 
 def one_shot(
-    model: Golden, tokens: np.ndarray, numerics: Numerics = FLOAT32, cache: Cache | None = None
-) -> tuple[np.ndarray, jax.Array, Cache]:
-    """Logits float32 [B, T, V], hidden [B, T, D] and cache of one step that takes all of `tokens` [B, T]."""
+    model: Golden, tokens: np.ndarray, numerics: Numerics = FLOAT32, cache: Any = None
+) -> tuple[np.ndarray, jax.Array, Any]:
+    """Logits float32 [B, T, V], hidden (`step`'s) and cache of one step that takes all of `tokens` [B, T]."""
     batch, length = tokens.shape
-    cache = init_cache(model.config, batch, length, numerics.dtype) if cache is None else cache
+    if cache is None:
+        cache = family(model.config).new_cache(model.config, numerics, batch, length)
     new = jnp.asarray(tokens, jnp.int32)
     logits, hidden, cache = step_of(model.config, numerics)(model.params, cache, new, counts(*[length] * batch))
     return np.asarray(logits), hidden, cache
@@ -130,7 +150,7 @@ def one_shot(
 def one_shot_draft(model: Golden, hidden: jax.Array, tokens: np.ndarray, numerics: Numerics = FLOAT32) -> np.ndarray:
     """The MTP module's logits float32 [B, T - 1, V]: row i from hidden [B, T, D] at i and the token at i + 1."""
     batch, length = tokens.shape
-    cache = init_cache(model.config, batch, length, numerics.dtype, layers=1)
+    cache = family(model.config).new_cache(model.config, numerics, batch, length, draft=True)
     draft = draft_of(model.config, numerics)
     following = jnp.asarray(tokens[:, 1:], jnp.int32)
     logits, _, _ = draft(model.params, cache, hidden[:, :-1], following, counts(*[length - 1] * batch))

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import SYNTH_SETTINGS
+from helpers import NAMES, SYNTH_SETTINGS, V4_SETTINGS
 
 from dsjax import bandwidth
 from dsjax.checkpoint.safetensors import Files
 from dsjax.cli.main import main
+from dsjax.config import parse_config
 from dsjax.presets import PRESETS
+from dsjax.synth import synth_config
 from dsjax.synth_tokenizer import USER
 from dsjax.text import load_text
 
@@ -39,7 +41,8 @@ def run(capsys: Capture, *arguments: Any) -> dict[str, Any]:
 
 
 def synth(out: Path, preset: str = "deepseek-v3", *extra: str, layers: int = 2, **changes: Any) -> Path:
-    settings = [part for k, v in (SYNTH_SETTINGS | changes).items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    base = V4_SETTINGS if preset.startswith("deepseek-v4") else SYNTH_SETTINGS
+    settings = [part for k, v in (base | changes).items() for part in ("--set", f"{k}={json.dumps(v)}")]
     assert main(["synth", preset, "--layers", str(layers), "--out", str(out), *settings, *extra]) == 0
     return out
 
@@ -88,12 +91,26 @@ def test_inspect_v3(capsys: Capture) -> None:
     assert "671,026,419,200" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in GOLDENS.iterdir() if p.is_dir()))
+@pytest.mark.parametrize("name", NAMES)
 def test_goldens_are_sound(name: str, capsys: Capture) -> None:
     result = run(capsys, "inspect", GOLDENS / name, "--check")
     assert result["problems"] == []
     with Files.open(GOLDENS / name) as files:
         assert result["bytes"] == sum(files[n].nbytes for n in files)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deepseek-v4-flash", (284332240471, 13270101591, 6610048891, 159609485896, 3509)),
+        ("deepseek-v4-pro", (1572997201763, 48852402019, 25840145979, 864704792696, 5024)),
+    ],
+)
+def test_inspect_v4(name: str, expected: tuple[int, ...], capsys: Capture) -> None:
+    """Spec V4 7; test_full_size derives the bytes."""
+    keys = ("parameters", "active_parameters", "mtp_parameters", "bytes", "kv_bytes_per_token")
+    result = run(capsys, "inspect", name)
+    assert tuple(result[k] for k in keys) == expected and result["model_type"] == "deepseek_v4"
 
 
 # --- synth -----------------------------------------------------------------------------------------------------------
@@ -152,10 +169,31 @@ def test_every_preset_can_be_made(preset: str, tmp_path: Path, capsys: Capture) 
     folder = synth(tmp_path / "model", preset, **extra)
     assert run(capsys, "inspect", folder, "--check")["problems"] == []
     with Files.open(folder) as files:
-        scales = [np.array(files.read(n)) for n in files if n.endswith("_scale_inv")]
+        scales = [np.array(files.read(n)) for n in files if n.endswith(("_scale_inv", ".scale"))]
     assert bool(scales) == (preset != "deepseek-v2-lite")
-    pow2 = all(bool((np.frexp(s)[0] == 0.5).all()) for s in scales)
-    assert pow2 == (preset in ("deepseek-v3.1", "deepseek-v2-lite"))
+    pow2 = all(bool((np.frexp(s.astype(np.float32))[0] == 0.5).all()) for s in scales)
+    assert pow2 == (preset not in ("deepseek-v3", "deepseek-r1"))
+    template = (load_text(folder) or pytest.fail("no tokenizer")).template
+    assert (template is None) == preset.startswith("deepseek-v4")
+
+
+def test_depth_of_v4(tmp_path: Path) -> None:
+    """The published schedule cut or continued; one scored layer remains; values do not depend on depth."""
+    for name, layers, ratios, hashed in (
+        ("deepseek-v4-flash", 1, [0, 0], 0),
+        ("deepseek-v4-flash", 3, [0, 0, 4, 0], 2),
+        ("deepseek-v4-pro", 5, [128, 128, 4, 128, 4, 0], 3),
+        ("deepseek-v4-flash", 46, [0, 0, *[4, 128] * 22, 0], 3),
+        ("deepseek-v4-pro", 62, [128, 128, *[4, 128] * 30, 0], 3),
+    ):
+        config = synth_config(name, layers=layers)
+        assert (config["compress_ratios"], config["num_hash_layers"]) == (ratios, hashed)
+        parse_config(config)
+    shallow, deep = (synth(tmp_path / str(n), "deepseek-v4-flash", layers=n, num_hash_layers=2) for n in (3, 4))
+    with Files.open(shallow) as a, Files.open(deep) as b:
+        assert set(a) < set(b)
+        for name in a:
+            np.testing.assert_array_equal(a.read(name).view(np.uint8), b.read(name).view(np.uint8), err_msg=name)
 
 
 # --- generate: when to stop ------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.config import Config, load_config, parse_config
+from dsjax.config import Config, V3Config, V4Config, load_config, parse_config
 from dsjax.errors import InputError
 from dsjax.layers.rope import rope_frequencies, rope_magnitude
 from dsjax.params import accounting
 from dsjax.presets import PRESETS, preset
 
-GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").iterdir() if p.is_dir())
+GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").iterdir() if p.is_dir() and not p.name.startswith("v4"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -29,6 +29,7 @@ def test_presets_parse(name: str) -> None:
     if config.model_type == "deepseek_v4":
         assert config.max_position_embeddings == 1048576 and config.expert_dtype == "fp4"
         return
+    assert isinstance(config, V3Config)
     assert config.max_position_embeddings == 163840
     v2 = name == "deepseek-v2-lite"
     assert (config.num_hidden_layers, config.first_k_dense_replace) == ((27, 1) if v2 else (61, 3))
@@ -76,6 +77,34 @@ def test_v3_counts() -> None:
         "bytes": 688574839360,
         "kv_bytes_per_token": 70272,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "windows", "csa", "hca", "scaling"),
+    [
+        ("deepseek-v4-flash", (0, 1), range(2, 43, 2), range(3, 42, 2), 1.5),
+        ("deepseek-v4-pro", (), range(2, 61, 2), (0, 1, *range(3, 60, 2)), 2.5),
+    ],
+)
+def test_v4_constants(name: str, windows: Any, csa: Any, hca: Any, scaling: float) -> None:
+    """Spec V4 1.1; lists of all lengths that are published, and a schedule that names are given to, are the same."""
+    data, config = preset(name), load_config(name)
+    assert isinstance(config, V4Config)
+    assert [config.layers_of(r) for r in (0, 4, 128)] == [tuple(windows), tuple(csa), tuple(hca)]
+    assert config.routed_scaling_factor == scaling and config.num_hash_layers == 3
+    assert config.softmax_scale == 512**-0.5 and config.index_scale == 128**-0.5 * 64**-0.5
+    ratios = data["compress_ratios"]
+    assert parse_config(data | {"compress_ratios": [*ratios, 0, 0], "num_nextn_predict_layers": 3}) == config
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    names = {"compress_ratios": None, "layer_types": [kinds[r] for r in ratios[:-1]]}
+    assert parse_config(data | names) == config
+    types = ["hash_moe"] * 3 + ["moe"] * (config.num_hidden_layers - 3)
+    assert (
+        parse_config({k: v for k, v in data.items() if k != "num_hash_layers"} | {"mlp_layer_types": types}) == config
+    )
+    hint = data["quantization_config"] | {"expert_dtype": "fp8"}
+    found = parse_config(data | {"quantization_config": hint})
+    assert isinstance(found, V4Config) and found.expert_dtype == "fp8"
 
 
 def test_every_spelling_of_rope_scaling() -> None:
@@ -156,11 +185,15 @@ def places(data: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str
 
 def use(config: Config) -> None:
     """What a config that was taken must be good for, without a failure of arithmetic."""
+    assert 0 < config.softmax_scale < float("inf")
+    assert all(value >= 0 for value in accounting(config).values())
+    if isinstance(config, V4Config):
+        assert 0 < config.index_scale < float("inf")
+        assert len(config.compress_ratios) == config.num_hidden_layers >= config.num_hash_layers
+        return
     if config.qk_rope_head_dim < 1 << 12:
         assert np.isfinite(rope_frequencies(config.qk_rope_head_dim, config.rope_theta, config.yarn)).all()
-    assert 0 < config.softmax_scale < float("inf")
     assert 0 < rope_magnitude(config) < float("inf")
-    assert all(value >= 0 for value in accounting(config).values())
 
 
 @settings(max_examples=400, deadline=None)

@@ -1,20 +1,22 @@
-"""Every committed golden: plain float32 logits against Hugging Face's, in both forms of attention."""
+"""Every committed golden: plain float32 logits against Hugging Face's; V2's and V3's in both forms of attention."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import NAMES, golden, one_shot, one_shot_draft, worst
+from helpers import FLOAT32, NAMES, V4_NAMES, golden, one_shot, one_shot_draft, worst
 
 from dsjax.numerics import Numerics
 
-BOUND = 2e-5  # of the largest logit, against Hugging Face (design section 6)
+BOUND, V4_BOUND = 2e-5, 3e-5  # of the largest logit, against Hugging Face (design section 6)
 
 
 def test_all_goldens_are_here() -> None:
     """A folder that got lost would make the tests below pass on less."""
     assert len(NAMES) == 14
     assert sum(golden(name).mtp_logits is not None for name in NAMES) == 1
+    assert len(V4_NAMES) == 6
+    assert sum(golden(name).mtp_logits is not None for name in V4_NAMES) == 3
 
 
 @pytest.mark.parametrize("mla", ["naive", "absorbed"])
@@ -27,3 +29,14 @@ def test_logits(name: str, mla: str) -> None:
     np.testing.assert_array_equal(cache.length, [model.tokens.shape[1]] * len(model.tokens))
     if model.mtp_logits is not None:
         assert worst(one_shot_draft(model, hidden, model.tokens, numerics), model.mtp_logits) <= BOUND
+
+
+@pytest.mark.parametrize("name", V4_NAMES)
+def test_v4_logits(name: str) -> None:
+    """Sequences of 150 to 330 tokens in one step: every boundary of 4, 128 and the window is crossed."""
+    model = golden(name)
+    logits, hidden, cache = one_shot(model, model.tokens)
+    assert worst(logits, model.logits) <= V4_BOUND
+    np.testing.assert_array_equal(cache.length, [model.tokens.shape[1]] * len(model.tokens))
+    if model.mtp_logits is not None:
+        assert worst(one_shot_draft(model, hidden, model.tokens, FLOAT32), model.mtp_logits) <= V4_BOUND

@@ -9,13 +9,26 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from helpers import NAMES, ROOT, SEED, Golden, one_shot, one_shot_draft, read_golden, relative_norm, rng, sampled, worst
+from helpers import (
+    NAMES,
+    ROOT,
+    SEED,
+    V4_NAMES,
+    Golden,
+    one_shot,
+    one_shot_draft,
+    read_golden,
+    relative_norm,
+    rng,
+    sampled,
+    worst,
+)
 
 from dsjax.numerics import Numerics
 
 pytestmark = pytest.mark.parity
 
-BOUND = 2e-5  # of the largest logit
+BOUND, V4_BOUND = 2e-5, 3e-5  # of the largest logit
 BFLOAT16 = 3e-2
 """Relative norm of bfloat16 logits against float32 ones. One rounding to 8 significant bits errs by 2^-9 = 2e-3 at most
 and 1.1e-3 in the mean square. Some ten roundings a layer (norms, q, kv, latent, probabilities, context, o, gate, up,
@@ -28,12 +41,22 @@ noise of this kind, hence the median over tokens."""
 @pytest.fixture(scope="module")
 def make_goldens() -> ModuleType:
     """scripts/make_goldens.py, by path."""
+    return _script("make_goldens")
+
+
+@pytest.fixture(scope="module")
+def make_goldens_v4(make_goldens: ModuleType) -> ModuleType:
+    """scripts/make_goldens_v4.py, which imports the other."""
+    return _script("make_goldens_v4")
+
+
+def _script(name: str) -> ModuleType:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("make_goldens", ROOT / "scripts" / "make_goldens.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["make_goldens"] = module  # its dataclasses look their module up
+    sys.modules[name] = module  # its dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -75,3 +98,28 @@ def test_all(make_goldens: ModuleType, tmp_path: Path, name: str, key: int) -> N
     """Every geometry, two seeds."""
     seed = int(rng(key).integers(1 << 20))
     _check(_fresh(make_goldens, name, tmp_path, seed), f"{name}, seed {seed}, DSJAX_TEST_SEED={SEED}")
+
+
+def _check_v4(make_goldens_v4: ModuleType, name: str, folder: Path, key: int) -> None:
+    seed = int(rng(key).integers(1 << 20))
+    make_goldens_v4.make(name, folder, seed)
+    model, what = read_golden(folder), f"{name}, seed {seed}, DSJAX_TEST_SEED={SEED}"
+    logits, hidden, _ = one_shot(model, model.tokens)
+    assert worst(logits, model.logits) <= V4_BOUND, what
+    if model.mtp_logits is not None:
+        assert worst(one_shot_draft(model, hidden, model.tokens), model.mtp_logits) <= V4_BOUND, what
+
+
+def test_v4_geometries_are_the_goldens(make_goldens_v4: ModuleType) -> None:
+    assert sorted(make_goldens_v4.GEOMETRIES) == list(V4_NAMES)
+
+
+@pytest.mark.parametrize("name", sampled(V4_NAMES, 1, 5))
+def test_v4_sampled(make_goldens_v4: ModuleType, tmp_path: Path, name: str) -> None:
+    _check_v4(make_goldens_v4, name, tmp_path, 6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", V4_NAMES)
+def test_v4_all(make_goldens_v4: ModuleType, tmp_path: Path, name: str) -> None:
+    _check_v4(make_goldens_v4, name, tmp_path, 7)

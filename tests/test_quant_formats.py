@@ -58,6 +58,14 @@ def assert_same_float32(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_array_equal(got.view(np.uint32)[number], want.view(np.uint32)[number])
 
 
+def test_packed_e2m1_equals_ml_dtypes_on_all_bytes() -> None:
+    """Low nibble first; the factor makes them the numbers, signed zeros included."""
+    packed = np.arange(256, dtype=np.uint8)
+    even, odd, factor = jax.jit(formats.decode_packed_e2m1)(packed)
+    assert_same_float32(np.asarray(even * factor), oracle_decode(packed & 0xF, E2M1))
+    assert_same_float32(np.asarray(odd * factor), oracle_decode(packed >> 4, E2M1))
+
+
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 

@@ -278,6 +278,73 @@ def test_block_scaled_dot_refuses_what_does_not_fit(quantised: bool) -> None:
             block_scaled_dot(activations, stored, index)
 
 
+# --- FP4 with a scale per row and 32 channels -----------------------------------------------------------------------
+
+FP4_BLOCK = (1, 32)
+
+
+def every_byte(n: int, k: int) -> tuple[QArray, np.ndarray]:
+    """An FP4 matrix [n, k] in which every byte occurs, its scales 1, and its numbers by ml_dtypes."""
+    codes = np.resize(np.arange(256, dtype=np.uint8), (n, k // 2))
+    nibbles = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(n, k)
+    scales = np.full((n, k // 32), 127, np.uint8)
+    w = QArray(jnp.asarray(codes), jnp.asarray(scales), E2M1, FP4_BLOCK)
+    return w, nibbles.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_every_fp4_byte_and_every_scale(tokens: int) -> None:
+    """Unit vectors read single weights out: all bytes with scale 1, then two with every usual scale."""
+    w, numbers = every_byte(8, 512)
+    both = jax.jit(lambda x, w: jax.lax.map(lambda rows: block_scaled_dot(rows, w), x))
+    got = both(np.eye(512, dtype=np.float32).reshape(-1, tokens, 512), w)
+    np.testing.assert_array_equal(np.asarray(got).reshape(512, 8).T, numbers)
+    codes = np.arange(16, 240, dtype=np.uint8)  # 2^-111 to 2^112
+    scales = jnp.asarray(np.tile(codes[:, None], (1, 4)))
+    w = QArray(jnp.full((len(codes), 64), 0x97, jnp.uint8), scales, E2M1, FP4_BLOCK)  # 6 and -0.5
+    x = np.zeros((tokens, 128), np.float32)
+    x[:, 32:34] = 1
+    got = dot(x, w)
+    want = 5.5 * codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    np.testing.assert_array_equal(np.asarray(got), np.tile(want, (tokens, 1)))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize(("n", "k"), [(40, 512), (7, 192), (24, 1056), (5, 96)], ids=str)
+def test_fp4_products(tokens: int, n: int, k: int) -> None:
+    """Channels that divide into 8 groups and such that do not, for one matrix and for several gathered from a stack."""
+    rng = np.random.default_rng(tokens)
+    w, numbers = random_weight(rng, (2, 4, n, k), E2M1, FP4_BLOCK, True)
+    assert can_fuse((n, k), w, tokens) == (tokens <= FUSED_TOKENS and k != 1056)
+    chosen = np.array([3, 0, 3], np.int32)
+    x = jnp.asarray(rng.normal(size=(3, tokens, k)), jnp.bfloat16)
+    exact = np.einsum("ctk,cnk->ctn", np.asarray(x, np.float64), numbers[1, chosen])
+    several = jax.jit(lambda x, w, e, i: expert_dot(x, w, e, (i,)))
+    # FP4 times a power of two is exact in bfloat16: no rounding, however many tokens.
+    assert_close(several(x, w, chosen, 1), exact)
+    assert_close(dot(x[0], w, (1, 3)), exact[0])
+    assert_close(dot(x[0].astype(jnp.float32), w, (1, 3)), exact[0])
+
+
+def test_fused_fp4_takes_float_scales_and_integers() -> None:
+    rng = np.random.default_rng(8)
+    x = np.float32(rng.normal(size=(2, 256)))
+    for fmt in (E2M1, INT4):
+        w, numbers = random_weight(rng, (12, 256), fmt, FP4_BLOCK, False)
+        assert can_fuse((12, 256), w, 2)
+        assert_close(dot(x, w), x.astype(np.float64) @ numbers.T)
+
+
+def test_the_fused_fp4_product_of_experts_writes_no_decoded_weight() -> None:
+    """With one token temporaries are the scales' bytes, whatever the stack; the decoded weights would be 12 MB."""
+    codes, scales = jax.ShapeDtypeStruct((2, 8, 512, 512), jnp.uint8), jax.ShapeDtypeStruct((2, 8, 512, 32), jnp.uint8)
+    w = QArray(codes, scales, E2M1, FP4_BLOCK)
+    x, chosen = jax.ShapeDtypeStruct((6, 1, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((6,), jnp.int32)
+    lowered = jax.jit(lambda x, w, e: expert_dot(x, w, e, (1,))).lower(x, w, chosen)
+    temporaries = lowered.compile(compiler_options("cpu")).memory_analysis().temp_size_in_bytes
+    assert temporaries <= 2 * 6 * 512 * 32
+
+
 # --- DeepSeek's FP8 product -----------------------------------------------------------------------------------------
 
 
@@ -455,6 +522,43 @@ def test_grouped_map_in_several_trips(at_once: int, dtype: str, masked: str) -> 
     bound = 2**-8 if dtype == "bfloat16" else BOUND
     assert np.abs(np.asarray(got, np.float64) - want).max() <= bound * max(np.abs(want).max(), 1)
     assert (np.asarray(out, np.float32)[int(groups.used) * size :] == 0).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (19, 1), (19, 4)], ids=str)
+def test_grouped_map_hands_out_row_values(tokens: int, size: int, dtype: str, at_once: int) -> None:
+    """A number per assignment between two products, against a loop; NaN of masked tokens goes nowhere."""
+    rng = np.random.default_rng(size)
+    choices, experts, k = 3, 6, 64
+    w, numbers = random_weight(rng, (experts, k, k), E2M1, FP4_BLOCK, True)
+    x = np.float32(rng.normal(size=(tokens, k)))
+    weights = np.float32(rng.uniform(0.1, 1, (tokens, choices)))
+    chosen = routing(rng, tokens, choices, experts)
+    for valid in (np.ones(tokens, bool), np.arange(tokens) % 3 == 1):
+        weights[~valid] = np.nan
+
+        @jax.jit
+        def layer(x: jax.Array, weights: jax.Array, w: QArray, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+            groups = group_tokens(jnp.asarray(chosen), experts, valid, size)
+
+            def f(rows: jax.Array, e: jax.Array, values: jax.Array) -> jax.Array:
+                assert values.shape == rows.shape[:2] and values.dtype == jnp.float32
+                inner = jnp.abs(expert_dot(rows, w, e)) * values[..., None]
+                return expert_dot(inner, w, e).astype(dtype)
+
+            out = grouped_map(f, x, groups, at_once, weights)
+            return out, ungroup(out, groups)
+
+        out, got = layer(x, weights, w, valid)
+        assert out.dtype == jnp.dtype(dtype) and np.isfinite(np.asarray(out, np.float32)).all()
+        want = np.zeros((tokens, choices, k))
+        for token, slot in np.ndindex(tokens, choices):
+            if valid[token]:
+                matrix = numbers[chosen[token, slot]]
+                want[token, slot] = matrix @ (np.abs(matrix @ x[token].astype(np.float64)) * weights[token, slot])
+        bound = 2**-8 if dtype == "bfloat16" else BOUND
+        assert np.abs(np.asarray(got, np.float64) - want).max() <= bound * max(np.abs(want).max(), 1)
 
 
 def test_every_official_matrix_takes_the_fused_form() -> None:

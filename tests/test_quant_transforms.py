@@ -17,7 +17,15 @@ from jax import export
 
 from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, INT4, INT8, Format, decode, encode_e8m0_ceil
 from quant.qarray import WHOLE, QArray, dequantise, look_up, retile
-from quant.transforms import act_quant, fake_act_quant, fake_quantise, quantise
+from quant.transforms import (
+    act_quant,
+    dequantise_rows,
+    fake_act_quant,
+    fake_quantise,
+    hadamard,
+    quantise,
+    quantise_rows,
+)
 
 Block = tuple[int, int]
 
@@ -592,3 +600,66 @@ def test_look_up_is_rows_of_the_matrix(fmt: Format, block: Block) -> None:
     q = dataclasses.replace(stack(fmt, block), block=block)[1, 2]
     rows = np.array([[0, 79, 33], [5, 5, 64]])
     np.testing.assert_array_equal(look_up(q, jnp.asarray(rows)), numpy_dequantise(q)[rows])
+
+
+# --- rows with bytes for scales, and rotations ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fmt", "group"), [(E4M3, 64), (E2M1, 32)], ids=["fp8", "fp4"])
+@pytest.mark.parametrize(
+    ("shape", "compiled"), [((448,), True), ((3, 100), False), ((2, 5, 128), True), ((4, 2), True)], ids=str
+)
+def test_quantise_rows_equals_numpy(shape: tuple[int, ...], fmt: Format, group: int, compiled: bool) -> None:
+    """Codes and scale bytes of every group, a short last one included, and their numbers, bit for bit."""
+    x = sample(shape, 3, 20.0)
+    x.reshape(-1, shape[-1])[0, : min(group, shape[-1])] = 0
+    codes, scales = at(lambda v: quantise_rows(v, fmt, group), compiled)(x)
+    want, powers = numpy_quantise(x.reshape(-1, shape[-1]), fmt, (1, group), True)
+    got = split_nibbles(np.asarray(codes)) if fmt.packed else np.asarray(codes)
+    assert codes.dtype == scales.dtype == jnp.uint8
+    np.testing.assert_array_equal(got, want.reshape(shape))
+    np.testing.assert_array_equal(float_scales(scales), powers.reshape(*shape[:-1], -1))
+    back = at(lambda c, s: dequantise_rows(c, s, fmt, group), compiled)(codes, scales)
+    spread = powers.repeat(group, -1)[:, : shape[-1]]
+    usual = np.abs(spread) > 2.0**-100  # XLA:CPU flushes what is below float32's normal numbers
+    assert_bit_equal(np.asarray(back).reshape(usual.shape)[usual], (numpy_values(want, fmt) * spread)[usual])
+
+
+def test_quantise_rows_scales_of_spec_v4() -> None:
+    """Spec V4 4.1 and 4.3: amax times float32(1 / max) rounded up to a power; next to powers, at the floors."""
+    for fmt, floor in ((E4M3, np.float32(1e-4)), (E2M1, np.float32(6 * 2.0**-126))):
+        amax = np.float32([fmt.max * 2.0**e for e in range(-12, 20)])
+        amax = np.concatenate([amax, np.nextafter(amax, np.float32(0)), np.nextafter(amax, np.float32(np.inf))])
+        amax = np.concatenate([amax, np.float32([0, 1, 448, 449, floor, floor * 2])])
+        _, scales = jax.jit(lambda x, fmt=fmt: quantise_rows(x, fmt, 32))(np.repeat(amax[:, None], 32, -1))
+        product = (np.maximum(amax, floor) * np.float32(1 / fmt.max)).view(np.uint32)
+        np.testing.assert_array_equal(scales[:, 0], (product >> 23) + (product & 0x7FFFFF != 0))
+    _, scales = jax.jit(lambda x: quantise_rows(x, E4M3, 64))(np.float32([[1.0], [448.0], [449.0], [0.0]]))
+    np.testing.assert_array_equal(np.asarray(scales)[:, 0].astype(int) - 127, [-8, 0, 1, -22])
+
+
+def test_rows_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="even last axis"):
+        jax.eval_shape(lambda x: quantise_rows(x, E2M1, 32), jnp.ones((2, 33)))
+    with pytest.raises(ValueError, match="2 scales do not fit 128 channels in groups of 32"):
+        dequantise_rows(jnp.zeros((3, 128), jnp.uint8), jnp.zeros((3, 2), jnp.uint8), E4M3, 32)
+
+
+@both_modes
+@pytest.mark.parametrize("k", [1, 2, 8, 128])
+def test_hadamard_equals_its_definition(k: int, compiled: bool) -> None:
+    """Row i, column j: the parity of the bits that i and j share; twice is the identity."""
+    parity = np.array([[(i & j).bit_count() % 2 for j in range(k)] for i in range(k)])
+    x = sample((3, 5, k), k)
+    got = at(hadamard, compiled)(x)
+    want = x.astype(np.float64) @ ((1 - 2 * parity) / np.sqrt(k))
+    assert got.dtype == jnp.float32 and got.shape == x.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-7 * np.abs(x).max() * np.sqrt(k))
+    np.testing.assert_allclose(at(lambda v: hadamard(hadamard(v)), compiled)(x), x, rtol=0, atol=1e-6 * np.abs(x).max())
+    assert at(hadamard, compiled)(x.astype(ml_dtypes.bfloat16)).dtype == jnp.float32
+
+
+def test_hadamard_refuses_other_lengths() -> None:
+    for k in (0, 3, 96):
+        with pytest.raises(ValueError, match="power of two"):
+            hadamard(jnp.ones((2, k)))

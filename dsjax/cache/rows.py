@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from quant import E2M1, E4M3, E8M0, QArray, act_quant, dequantise, quantise
-from quant.formats import BF16, decode, encode, encode_e8m0_ceil
+from quant import E2M1, E4M3, dequantise_rows, quantise_rows
+from quant.formats import BF16, encode
 
 KV_GROUP = 64
 """Channels of a KV row that share a scale (spec V4 4.2)."""
@@ -51,7 +51,7 @@ class RowFormat:
         if self.kind == "fp8":
             return self.nope + 2 * self.rope + -(-self.nope // KV_GROUP)
         if self.kind == "fp4":
-            return -(-self.channels // 2) + -(-self.channels // INDEX_GROUP)
+            return self.channels // 2 + -(-self.channels // INDEX_GROUP)
         return self.channels
 
     @property
@@ -66,12 +66,11 @@ class RowFormat:
         if self.kind == "bfloat16":
             return encode(x, BF16)
         if self.kind == "fp4":
-            q = quantise(x[..., None, :], E2M1, (1, INDEX_GROUP), pow2=True)
-            return jnp.concatenate([q.codes[..., 0, :], q.scales[..., 0, :]], axis=-1)
-        codes, scales = act_quant(x[..., : self.nope], pow2=True, group=KV_GROUP)
+            return jnp.concatenate(quantise_rows(x, E2M1, INDEX_GROUP), axis=-1)
+        codes, scales = quantise_rows(x[..., : self.nope], E4M3, KV_GROUP)
         bits = encode(x[..., self.nope :], BF16)
         rope = lax.bitcast_convert_type(bits, jnp.uint8).reshape(*x.shape[:-1], 2 * self.rope)
-        return jnp.concatenate([codes, rope, encode_e8m0_ceil(scales)], axis=-1)
+        return jnp.concatenate([codes, rope, scales], axis=-1)
 
     def decode(self, rows: Shaped[Array, "*batch width"]) -> Float[Array, "*batch channels"]:
         """What rows stand for: float32, or bfloat16 for everything narrower, which holds it exactly."""
@@ -80,11 +79,9 @@ class RowFormat:
         if self.kind == "bfloat16":
             return lax.bitcast_convert_type(rows, jnp.bfloat16)
         if self.kind == "fp4":
-            at = -(-self.channels // 2)
-            q = QArray(rows[..., None, :at], rows[..., None, at:], E2M1, (1, INDEX_GROUP))
-            return dequantise(q)[..., 0, : self.channels].astype(jnp.bfloat16)
+            at = self.channels // 2
+            return dequantise_rows(rows[..., :at], rows[..., at:], E2M1, INDEX_GROUP).astype(jnp.bfloat16)
         end = self.nope + 2 * self.rope
-        scales = jnp.repeat(decode(rows[..., end:], E8M0), KV_GROUP, axis=-1)[..., : self.nope]
-        nope = (decode(rows[..., : self.nope], E4M3) * scales).astype(jnp.bfloat16)
+        nope = dequantise_rows(rows[..., : self.nope], rows[..., end:], E4M3, KV_GROUP).astype(jnp.bfloat16)
         pairs = rows[..., self.nope : end].reshape(*rows.shape[:-1], self.rope, 2)
         return jnp.concatenate([nope, lax.bitcast_convert_type(pairs, jnp.bfloat16)], axis=-1)

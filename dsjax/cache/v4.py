@@ -9,6 +9,7 @@ code shifts and accumulates its compressor's state instead, which cannot be roll
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,18 @@ from dsjax.errors import InputError
 from dsjax.numerics import Numerics
 
 ENTRY_BLOCK = 256
-"""Compressed entries that attention reads at a time, at most (`entry_block`)."""
+"""Compressed entries that attention reads at a time, at most."""
+
+INDEX_BLOCK = 1024
+"""Indexer keys that are scanned at a time, at most: each step also selects the best so far, which takes a while to
+start."""
+
+SHORT_STEP = SPARE + 1
+"""Tokens of a step, at most, after which a ring still holds all that its first token looks back at.
+
+Such a step writes its rings before it reads them, and needs nothing else. A longer one reads them as they were before;
+XLA then copies all layers' rings, as it does not see that every reading is done before the writing.
+"""
 
 STATE_VERSION = 1
 
@@ -87,19 +99,19 @@ def index_format(config: V4Config, numerics: Numerics) -> RowFormat:
     return RowFormat("fp4" if numerics.native else numerics.dtype, config.index_head_dim)
 
 
-def entry_block(entries: int) -> int:
+def entry_block(places: int, most: int = ENTRY_BLOCK) -> int:
     """Entries that are read at a time; divides the number of places, and is never all of it.
 
     XLA:CPU takes a slice of everything for the array itself and then copies it before each update.
     """
-    return min(ENTRY_BLOCK, entries // 2)
+    return min(math.gcd(places, most), places // 2)
 
 
 def _places(capacity: int, ratio: int) -> int:
-    """Places for the entries of `capacity` positions: a multiple of a block, few distinct numbers."""
+    """Places for the entries of `capacity` positions: few distinct numbers, which blocks divide."""
     entries = max(2, -(-capacity // ratio))
-    if entries > 2 * ENTRY_BLOCK:
-        return -(-entries // ENTRY_BLOCK) * ENTRY_BLOCK
+    if entries > 2 * INDEX_BLOCK:
+        return -(-entries // INDEX_BLOCK) * INDEX_BLOCK
     return 1 << (entries - 1).bit_length()
 
 
@@ -145,7 +157,7 @@ def ring_positions(length: Int32[Array, " B"], size: int) -> Int32[Array, "B siz
 
 
 def read_ring(ring: Rows, layer: Any) -> Shaped[Array, "B size width"]:
-    """A layer's ring, to be read before it is written in the same step."""
+    """A layer's ring."""
     return lax.dynamic_index_in_dim(ring, layer, axis=0, keepdims=False)
 
 
@@ -174,13 +186,14 @@ def _scatter(array: Rows, layer: Any, places: jax.Array, valid: jax.Array, rows:
     return array.at[layer, slots, where].set(rows.astype(array.dtype), mode="drop", unique_indices=True)
 
 
-def read_entries(entries: Rows, layer: Any, block: Any, count: Int32[Array, " B"]) -> Shaped[Array, "B block width"]:
-    """A block of one layer's entries; those at or beyond `count` are zero.
+def read_entries(
+    entries: Rows, layer: Any, block: Any, size: int, count: Int32[Array, " B"]
+) -> Shaped[Array, "B size width"]:
+    """The block with this number of one layer's entries, `size` in a block; those at or beyond `count` are zero.
 
     A masked entry's probability is zero, but zero times a stale NaN is NaN.
     """
-    _, batch, places, width = entries.shape
-    size = entry_block(places)
+    _, batch, _, width = entries.shape
     rows = lax.dynamic_slice(entries, (layer, 0, block * size, 0), (1, batch, size, width))[0]
     numbers = block * size + jnp.arange(size)
     return jnp.where((numbers < count[:, None])[..., None], rows, jnp.zeros((), rows.dtype))

@@ -25,13 +25,15 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from tqdm import tqdm
 
 from dsjax.checkpoint import orbax
-from dsjax.checkpoint.agreement import SCALE_SUFFIX, agree, check_copies, check_values
+from dsjax.checkpoint.agreement import agree, check_copies, check_values, has_block_draft
 from dsjax.checkpoint.manifest import leaf_parts
+from dsjax.checkpoint.names import open_files
 from dsjax.checkpoint.resident import Source, fill
 from dsjax.checkpoint.safetensors import Files
-from dsjax.config import Config, load_config
+from dsjax.config import Config, V4Config, load_config
 from dsjax.errors import InputError
 from dsjax.params import (
+    INTEGER,
     Path,
     Row,
     Stored,
@@ -154,10 +156,10 @@ class _Loader:
         self.checked: set[str] = set()
         self.row_scales: dict[str, np.ndarray] = {}  # of the present leaf's tensors
 
-    def _view(self, name: str, dtype: np.dtype | None, part: str) -> np.ndarray:
-        """A tensor as `dtype`, or as the file has it."""
+    def _view(self, row: Row, part: str, name: str, dtype: np.dtype | None) -> np.ndarray:
+        """A tensor of a row, or its scales, as `dtype` or as the file has it."""
         if name not in self.checked:
-            check_values(self.files, name)
+            check_values(self.files, self.config, row, part, name)
             self.checked.add(name)
         view = self.files.read(name)
         if dtype is None:
@@ -166,7 +168,7 @@ class _Loader:
             if part == "scales":  # E8M0, perhaps held as plain bytes
                 view = view.view(np.dtype("float8_e8m0fnu"))
             return view.astype(np.float32)
-        return view.view(dtype)
+        return view.astype(dtype) if row.storage == INTEGER else view.view(dtype)
 
     def _read(self, row: Row, part: str, region: Region, out: np.ndarray) -> None:
         """Copies one region of a leaf from the files into `out`, of the region's shape."""
@@ -177,17 +179,18 @@ class _Loader:
         def tensor(offset: tuple[int, ...], share: int, shares: int) -> None:
             """Fills one tensor's place; where its bytes go there as they are, one of several shares of its rows."""
             index = tuple(a + o for (a, _), o in zip(region, offset, strict=False))
-            name = row.tensor_name(index) + (SCALE_SUFFIX if part == "scales" else "")
+            name = row.tensor_name(index)
+            name = row.scale_name(name) if part == "scales" else name
             into = out[offset]
             if as_stored and self._goes_as_it_is(name, inner, into):
                 first, last = (into.shape[0] * i // shares for i in (share, share + 1))
                 width = into.nbytes // into.shape[0]
                 self.files.read_into(name, into[first:last], (inner[0].start + first) * width)
-                check_values(self.files, name, into[first:last])
+                check_values(self.files, self.config, row, part, name, into[first:last])
             elif share:
                 return  # the first share does it all
             elif as_stored:
-                into[...] = self._view(name, out.dtype, part)[inner]
+                into[...] = self._view(row, part, name, out.dtype)[inner]
                 self.files.release(name)
             else:
                 self._fill(row, row.tensor_name(index), part, inner, into)
@@ -214,11 +217,11 @@ class _Loader:
 
     def _fill(self, row: Row, name: str, part: str, inner: tuple[slice, ...], out: np.ndarray) -> None:
         """Fills `out` with a part of one tensor in its resident format, or with its rows' new scales."""
-        held = self.held[row.path]
-        scale_name = name + SCALE_SUFFIX
-        scales = self._view(scale_name, np.dtype(np.float32), "scales") if scale_name in self.files else None
-        block = self.config.quantization.block if self.config.quantization else (1, 1)
-        source = Source(self._view(name, None, part), scales, block)
+        held, stored = self.held[row.path], self.stored[row.path]
+        scales = None
+        if stored.scales is not None:
+            scales = self._view(row, "scales", row.scale_name(name), np.dtype(np.float32))
+        source = Source(self._view(row, "codes", name, None), scales, stored.block, stored.format == "e2m1")
         if held.format == "int8" and name not in self.row_scales:
             # Of whole rows, whatever part of them is wanted, and once, however many devices and parts want it.
             self.row_scales[name] = source.row_scales()
@@ -278,9 +281,10 @@ class _Loader:
         return built["codes"]
 
 
-def _wants_mtp(folder: FilePath, config: Config, mtp: bool | None, found: bool) -> bool:
+def _wants_mtp(folder: FilePath, config: Config, mtp: bool | None, found: bool, instead: str = "none") -> bool:
     if mtp and not found:
-        raise InputError(f"{folder}: expected an MTP module (layer {config.num_hidden_layers}), found none")
+        where = "mtp.0" if isinstance(config, V4Config) else f"layer {config.num_hidden_layers}"
+        raise InputError(f"{folder}: expected an MTP module ({where}), found {instead}")
     return found if mtp is None else mtp
 
 
@@ -342,9 +346,10 @@ def load(
         if weights != "stored":
             raise InputError(f"{folder}: expected --weights stored with a converted folder, found {weights}")
         return _load_converted(folder, config, mtp, where, progress, in_place)
-    with Files.open(folder) as files:
+    with open_files(folder, config) as files:
         stored = agree(files, config)
-        mtp = _wants_mtp(folder, config, mtp, ("mtp", "embed") in stored)
+        instead = "a head that drafts blocks (DSpark)" if has_block_draft(files, config) else "none"
+        mtp = _wants_mtp(folder, config, mtp, any(path[0] == "mtp" for path in stored), instead)
         rows = {r.path: r for r in table(config) if mtp or not is_mtp(r)}
         for row in rows.values():
             if row.copy_of is not None:

@@ -12,14 +12,16 @@ import numpy as np
 
 from dsjax.config import Config, read_json_object
 from dsjax.errors import InputError
-from dsjax.params import VECTOR, Path, Tree, is_mtp, leaf_shape, scale_grid, table
+from dsjax.params import FLOAT32, INTEGER, VECTOR, Path, Tree, is_mtp, leaf_shape, scale_grid, table
 from quant import FORMATS, QArray
 
 MANIFEST = "dsjax.json"
 VERSION = 1
 
 Leaves = dict[Path, Any]
-"""By path: a float32 array, or a QArray; abstract ones as read from dsjax.json."""
+"""By path: a float32 or int32 array, or a QArray; abstract ones as read from dsjax.json."""
+
+_PLAIN = {"float32": np.float32, "int32": np.int32}
 
 
 def leaf_parts(leaf: Any) -> dict[str, Any]:
@@ -64,9 +66,9 @@ def parse_entry(entry: Any) -> tuple[Path, Any]:
     if not shape or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"shape {shape}")
     if "format" not in entry:
-        if entry["dtype"] != "float32":
+        if entry["dtype"] not in _PLAIN:
             raise ValueError(f"an array of {entry['dtype']}")
-        return path, jax.ShapeDtypeStruct(shape, np.float32)
+        return path, jax.ShapeDtypeStruct(shape, _PLAIN[entry["dtype"]])
     fmt, (bn, bk) = FORMATS[entry["format"]], entry["block"]
     scales = entry.get("scales")
     if len(shape) < 2 or entry["codes"] != fmt.code_dtype.name or scales not in (None, "float32", "uint8"):
@@ -133,8 +135,9 @@ def check_leaves(leaves: Leaves, config: Config, where: FilePath) -> None:
         if leaf is None:
             raise InputError(f"{where}: parameter {name}: expected one of shape {list(shape)}, found none")
         kind = leaf.format.name if isinstance(leaf, QArray) else leaf.dtype.name
-        if tuple(leaf.shape) != shape or (rows[path].storage == VECTOR and isinstance(leaf, QArray)):
-            wanted = "float32" if rows[path].storage == VECTOR else "shape"
+        plain = {VECTOR: "float32", FLOAT32: "float32", INTEGER: "int32"}.get(rows[path].storage)
+        if tuple(leaf.shape) != shape or kind != (plain or kind) or (kind == "int32") != (plain == "int32"):
+            wanted = plain or "shape"
             raise InputError(
                 f"{where}: parameter {name}: expected {wanted} {list(shape)}, found {kind} {list(leaf.shape)}"
             )

@@ -36,11 +36,11 @@ from dsjax.checkpoint.manifest import (
     write_manifest,
 )
 from dsjax.checkpoint.quiet import Failed, call
-from dsjax.checkpoint.values import all_finite
+from dsjax.checkpoint.values import all_below, all_finite
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
 from dsjax.files import check_space, new_folder
-from dsjax.params import Path, Row, Tree, build_tree, is_mtp, table, tree_bytes
+from dsjax.params import INTEGER, Path, Row, Tree, build_tree, is_mtp, table, tree_bytes
 from quant import QArray
 
 PARAMS = "params"
@@ -224,7 +224,12 @@ class Converted:
             loaded[part] = array = self._array(name, like, sharding(row, part))
             fmt = template.format.name if quantised and part == "codes" else "f32"
             fmt = "e8m0" if part == "scales" and array.dtype == np.uint8 else fmt
-            if not all_finite(array, fmt, on_host=in_place):
+            if row.storage == INTEGER and not all_below(array, self.config.n_routed_experts):
+                limit = self.config.n_routed_experts
+                raise InputError(
+                    f"{self._params}: array {'.'.join(name)}: expected ids of experts, below {limit}, found others"
+                )
+            if array.dtype != np.int32 and not all_finite(array, fmt, on_host=in_place):
                 raise InputError(
                     f"{self._params}: array {'.'.join(name)}: expected finite values, found NaN or infinity"
                 )

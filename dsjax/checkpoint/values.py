@@ -53,3 +53,8 @@ def all_finite(array: Any, fmt: str, *, on_host: bool = True) -> bool:
     if not on_host or any(d.platform != "cpu" for d in array.sharding.device_set):
         return not _on_device(array, mask)
     return all(host_finite(np.asarray(s.data), fmt) for s in array.addressable_shards if s.replica_id == 0)
+
+
+def all_below(array: jax.Array, limit: int) -> bool:
+    """Whether no integer is negative, or `limit` or above."""
+    return bool(((array >= 0) & (array < limit)).all())

@@ -18,7 +18,7 @@ from dsjax.bench import bench as run_bench
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
-from dsjax.checkpoint.safetensors import Files
+from dsjax.checkpoint.names import open_files
 from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.cli.report import bench_table
 from dsjax.config import Config, load_config, read_json_object, token_ids
@@ -69,7 +69,7 @@ def inspect(options: argparse.Namespace) -> int:
                 if options.check:
                     found = list(orbax.problems(folder, config))
             else:
-                with Files.open(folder) as files:
+                with open_files(folder, config) as files:
                     agree(files, config)
                     result["bytes"] = sum(files[name].nbytes for name in files)
                     if options.check:

@@ -101,14 +101,14 @@ def parse_yarn(section: Fields | None) -> Yarn | None:
     )
 
 
-def parse_quantization(fields: Fields) -> Quantization | None:
+def parse_quantization(fields: Fields, scale_fmts: tuple[str | None, ...] = (None, "ue8m0")) -> Quantization | None:
     section = fields.section("quantization_config")
     if section is None:
         return None
     section.choice("quant_method", ("fp8",))
     section.choice("fmt", ("e4m3",), default="e4m3")
     section.choice("activation_scheme", ("dynamic",), default="dynamic")
-    scale_fmt = section.choice("scale_fmt", (None, "ue8m0"))
+    scale_fmt = section.choice("scale_fmt", scale_fmts)
     block = section.data.get("weight_block_size")
     if block != [128, 128]:
         raise section.fail("weight_block_size", "[128, 128]")

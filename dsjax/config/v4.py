@@ -99,9 +99,9 @@ def _compress_ratios(fields: Fields, layers: int) -> tuple[int, ...]:
     # Without a list Hugging Face falls back to a schedule that no released model has.
     if not isinstance(value, list) or len(value) < layers:
         raise fields.fail(name, f"a list of at least num_hidden_layers {layers} entries")
-    bad = next((v for v in value if isinstance(v, bool | float | list | dict) or v not in known), None)
-    if bad is not None:
-        raise Fields({name: bad}, fields.where).fail(name, f"entries {', '.join(map(str, known))}")
+    bad = [v for v in value if not isinstance(v, int | str) or isinstance(v, bool) or v not in known]
+    if bad:
+        raise Fields({name: bad[0]}, fields.where).fail(name, f"entries {', '.join(map(str, known))}")
     return tuple(known[v] for v in value[:layers])
 
 
@@ -109,7 +109,7 @@ def _num_hash_layers(fields: Fields, layers: int) -> int:
     types = fields.data.get("mlp_layer_types")
     if types is None or "num_hash_layers" in fields.data:
         return fields.integer("num_hash_layers", low=0, high=1 << 24, default=3)
-    count = types.count("hash_moe") if isinstance(types, list) else -1
+    count = types[:layers].count("hash_moe") if isinstance(types, list) else -1
     if not isinstance(types, list) or types[:layers] != ["hash_moe"] * count + ["moe"] * (layers - count):
         raise fields.fail("mlp_layer_types", f"hash_moe layers, then moe layers, {layers} in all")
     return count
@@ -140,9 +140,12 @@ def _rope(fields: Fields) -> tuple[float, float, Yarn | None]:
     nested = fields.section("rope_parameters")
     main = nested.section("main") if nested is not None else None
     compress = nested.section("compress") if nested is not None else None
+    if nested is not None and (main is None) != (compress is None):
+        raise nested.fail("main" if main is None else "compress", "an object")
     if main is not None and compress is not None:
         if parse_yarn(main) is not None:
-            raise main.fail("rope_type", '"default"')
+            raise main.fail("rope_type" if "rope_type" in main.data else "type", '"default"')
+        compress.choice("attention_factor", (None, 1.0, 1))
         return (
             main.number("rope_theta", low=1.0 + 1e-6, default=10000.0),
             compress.number("rope_theta", low=1.0 + 1e-6, default=160000.0),
@@ -219,7 +222,7 @@ def parse_v4(data: dict[str, Any], where: str) -> V4Config:
         max_position_embeddings=fields.integer("max_position_embeddings", default=1048576),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=field_token_ids(fields, "eos_token_id", vocab_size),
-        quantization=parse_quantization(fields),
+        quantization=parse_quantization(fields, (None, "ue8m0", "float")),
         expert_dtype=_expert_dtype(fields),
     )
     _check_consistency(config, fields)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.cache.rows import RowFormat
-from dsjax.cache.v4 import Compressed, overlap, read_ring, write_entries, write_ring
+from dsjax.cache.v4 import SHORT_STEP, Compressed, overlap, read_ring, write_entries, write_ring
 from dsjax.layers.norm import rms_norm
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
@@ -44,26 +44,10 @@ def entry_numbers(start: Int32[Array, " B"], tokens: int, ratio: int) -> Int32[A
     return (start // ratio)[:, None] + jnp.arange(count, dtype=jnp.int32)
 
 
-def _windows(
-    ring: Float32[Array, "B size width"],
-    new: Float32[Array, "B T width"],
-    numbers: Int32[Array, "B n"],
-    start: Int32[Array, " B"],
-    ratio: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The inputs of every entry: ([B, n, slots, width], bool [B, n, slots]), slots in the order of positions."""
-    b, n = numbers.shape
-    slots = overlap(ratio) * ratio
-    positions = (numbers[:, :, None] - (overlap(ratio) - 1)) * ratio + jnp.arange(slots)
-    size, tokens = ring.shape[1], new.shape[1]
-    at = jnp.where(
-        positions < start[:, None, None],
-        positions % size,
-        size + jnp.minimum(positions - start[:, None, None], tokens - 1),
-    )
-    rows = jnp.concatenate([ring, new], axis=1)
-    picked = jnp.take_along_axis(rows, at.reshape(b, -1, 1), axis=1, mode="clip")
-    return picked.reshape(b, n, slots, -1), positions >= 0
+def window_positions(numbers: Int32[Array, "B n"], ratio: int) -> Int32[Array, "B n slots"]:
+    """Positions of the tokens that each entry pools, in order; negative before the sequence."""
+    slots = jnp.arange(overlap(ratio) * ratio, dtype=jnp.int32)
+    return (numbers[..., None] - (overlap(ratio) - 1)) * ratio + slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,27 +95,35 @@ class Compressor:
             end = start + valid.sum(axis=1, dtype=jnp.int32)
             numbers = entry_numbers(start, x.shape[1], self.ratio)
             complete = (numbers + 1) * self.ratio <= end[:, None]
-            # Read before it is written, and said so: XLA would otherwise copy all layers' rings.
-            ring, inputs = lax.optimization_barrier((read_ring(state.inputs, layer), state.inputs))
+            inputs = write_ring(state.inputs, layer, positions, valid, new)
+            at = window_positions(numbers, self.ratio)
+            size = inputs.shape[2]
+            if x.shape[1] <= SHORT_STEP:  # the ring still has all that these entries pool
+
+                def read() -> jax.Array:
+                    slots = jnp.arange(at.shape[0])[:, None, None]
+                    return inputs.at[layer, slots, at % size].get(mode="promise_in_bounds")
+            else:
+                rows = jnp.concatenate([read_ring(state.inputs, layer), new], axis=1)
+                since = at - start[:, None, None]
+                place = jnp.where(since < 0, at % size, size + jnp.minimum(since, x.shape[1] - 1))
+
+                def read() -> jax.Array:
+                    slots = jnp.arange(at.shape[0])[:, None, None]
+                    return rows.at[slots, place].get(mode="promise_in_bounds")
 
             def entries() -> jax.Array:
-                return self.row.encode(self.finish(self._pooled(ring, new, numbers, start, layer)))
+                return self.row.encode(self.finish(self._pooled(read(), at >= 0, layer)))
 
             if x.shape[1] >= self.ratio:
-                rows = entries()
+                found = entries()
             else:  # most steps complete none
                 shape = jax.eval_shape(entries)
-                rows = lax.cond(complete.any(), entries, lambda: jnp.zeros(shape.shape, shape.dtype))
-            return Compressed(
-                write_entries(state.entries, layer, numbers, complete, rows),
-                write_ring(inputs, layer, positions, valid, new),
-            )
+                found = lax.cond(complete.any(), entries, lambda: jnp.zeros(shape.shape, shape.dtype))
+            return Compressed(write_entries(state.entries, layer, numbers, complete, found), inputs)
 
-    def _pooled(
-        self, ring: jax.Array, new: jax.Array, numbers: jax.Array, start: jax.Array, layer: Any
-    ) -> Float32[Array, "B n channels"]:
-        """Entries after the norm, float32 (spec V4 2.4, steps 3 to 5)."""
-        windows, seen = _windows(ring, new, numbers, start, self.ratio)
+    def _pooled(self, windows: Float32[Array, "B n slots w"], seen: Bool[Array, "B n slots"], layer: Any) -> jax.Array:
+        """Entries after the norm, float32 [B, n, channels] (spec V4 2.4, steps 3 to 5)."""
         k, z = jnp.split(windows, 2, axis=-1)
         if overlap(self.ratio) == 2:
             # Tokens of the window before give their first half, the window's own their second.

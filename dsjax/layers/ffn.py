@@ -34,13 +34,12 @@ def swiglu(
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    if numerics.native:  # DeepSeek's order of roundings
-        inner = gate / (1 + jnp.exp(-gate)) * up
-        return numerics.round(inner if weight is None else inner * weight)
-    if weight is not None:
-        up = up * weight
-    # The division last: XLA:CPU never repeats one inside the product that follows, as it would a multiplication.
-    return numerics.round(gate * up / (1 + jnp.exp(-gate)))
+    divisor = 1 + jnp.exp(-gate)
+    # In native DeepSeek's order of roundings. Else the division last: XLA:CPU never repeats one inside the product that
+    # follows, as it would a multiplication.
+    inner = gate / divisor * up if numerics.native else gate * up / divisor
+    # The weight not before the division: XLA:CPU would split gate's and up's products into two results.
+    return numerics.round(inner if weight is None else inner * weight)
 
 
 class SwiGLU(nnx.Module):
@@ -103,15 +102,18 @@ class Experts(nnx.Module):
             def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
                 return numerics.round(expert_dot(x, w, chosen, (layer,)))
 
+            weight = None if weight is None else weight[..., None]
             inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight)
             return dot(numerics.operand(inner, down), down)
 
         operand = numerics.operand(x, gate)
         at_once = experts_at_once(groups, (gate, up, down), operand.dtype)
-        outputs = grouped_map(expert, operand, groups, at_once)
-        picked = ungroup(outputs, groups)
+        early = isinstance(self.config, V4Config)
+        outputs = grouped_map(expert, operand, groups, at_once, weights if early else None)
+        picked = ungroup(outputs, groups).astype(jnp.float32)
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
-        return jnp.einsum("tkd,tk->td", picked.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST)
+        late = jnp.ones_like(weights) if early else weights
+        return jnp.einsum("tkd,tk->td", picked, late, precision=lax.Precision.HIGHEST)
 
 
 Gate = Callable[[jax.Array], tuple[jax.Array, jax.Array]]

@@ -10,11 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsjax.cache.rows import RowFormat
-from dsjax.cache.v4 import Rows, entry_block, read_entries
+from dsjax.cache.v4 import INDEX_BLOCK, Rows, entry_block, read_entries
 from dsjax.numerics import Numerics
-
-SCAN_BYTES = 8 << 20
-"""Of scores per head that one step of the scan makes, at most."""
 
 
 def index_scores(
@@ -65,16 +62,11 @@ def top_entries(
       row: how keys are held.
     """
     b, t = visible.shape
-    size = entry_block(keys.shape[2])
-    # Wider steps spread the cost of the selection.
-    steps = max(1, min(SCAN_BYTES // (4 * b * t * q.shape[2] * size), keys.shape[2] // (2 * size)))
-    while (keys.shape[2] // size) % steps:
-        steps -= 1
-    del steps  # one block a step, for now
-    most = jnp.max(visible)
+    size = entry_block(keys.shape[2], INDEX_BLOCK)
+    count = visible.max(axis=1)
 
     def body(j: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        block = row.decode(read_entries(keys, layer, j, jnp.broadcast_to(most, (b,))))
+        block = row.decode(read_entries(keys, layer, j, size, count))
         numbers = j * size + jnp.arange(size, dtype=jnp.int32)
         scores = index_scores(q, weights, block, numerics)
         scores = jnp.where(numbers < visible[..., None], scores, -jnp.inf)
@@ -84,5 +76,5 @@ def top_entries(
         return top.reshape(b, t, k), jnp.take_along_axis(names, at, axis=-1).reshape(b, t, k)
 
     start = jnp.full((b, t, k), -jnp.inf), jnp.full((b, t, k), -1, jnp.int32)
-    scores, chosen = lax.fori_loop(0, (most + size - 1) // size, body, start)
+    scores, chosen = lax.fori_loop(0, (count.max() + size - 1) // size, body, start)
     return jnp.where(scores > -jnp.inf, chosen, -1)

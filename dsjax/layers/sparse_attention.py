@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import (
+    SHORT_STEP,
     Compressed,
     V4Cache,
     entry_block,
@@ -34,7 +35,7 @@ from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import RopeTable, inverse, rope_tail
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import E2M1, block_scaled_dot, fake_quantise, hadamard, split_rows
+from quant import E2M1, batched_dot, fake_quantise, hadamard, split_rows
 
 QUERY_BLOCK = 128
 """Queries taken together, at most."""
@@ -163,7 +164,7 @@ class Call:
     ids: jax.Array
     main: RopeTable
     compress: RopeTable
-    entries: dict[int, tuple[jax.Array, jax.Array]]
+    entries: dict[int, Any]  # RopeTables, each of a length of its own
 
     @property
     def start(self) -> jax.Array:
@@ -174,6 +175,15 @@ class Call:
     def end(self) -> jax.Array:
         """int32 [B], the position after the last new one."""
         return self.start + self.valid.sum(axis=1, dtype=jnp.int32)
+
+
+WindowKeys = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+"""Positions of a block of queries, int32 [B, q] -> (keys [B, S, U], bool [B, q, S], who is seen by whom)."""
+
+
+def _zero_unless(kept: Bool[Array, "B R"], rows: Shaped[Array, "B R width"]) -> Shaped[Array, "B R width"]:
+    """A masked key's probability is zero, but zero times a stale NaN is NaN."""
+    return jnp.where(kept[..., None], rows, jnp.zeros((), rows.dtype))
 
 
 def _pad_queries(x: jax.Array, count: int) -> jax.Array:
@@ -221,13 +231,16 @@ class SparseAttention:
             kv = numerics.linear(x, self.params["kv"], index)
             kv = numerics.round(rms_norm(kv, self.params["kv_norm"][self.layer], eps))
             new = self.kv_row.encode(numerics.round(rope_tail(kv, table)))
-            # Read before it is written, and said so: XLA would otherwise copy all layers' rings.
-            ring, window = lax.optimization_barrier((read_ring(cache.window, self.layer), cache.window))
-            cache = dataclasses.replace(cache, window=write_ring(window, self.layer, call.positions, call.valid, new))
+            window = write_ring(cache.window, self.layer, call.positions, call.valid, new)
+            if x.shape[1] <= SHORT_STEP:  # the ring still has all that the first query looks back at
+                source = self._ring(read_ring(window, self.layer), call)
+            else:
+                source = self._band(read_ring(cache.window, self.layer), new, call)
+            cache = dataclasses.replace(cache, window=window)
         if self.ratio:
             cache = self._compress(x, cache, call)
         with jax.named_scope("attend"):
-            out = self._attend(q, low, x, ring, new, cache, call)
+            out = self._attend(q, low, x, source, cache, call)
             out = numerics.round(rope_tail(out, inverse(table)))
         with jax.named_scope("output"):
             return self._output(out), cache
@@ -260,35 +273,44 @@ class SparseAttention:
         """The indexer's Hadamard rotation, which spreads outliers before FP4; in plain it would change no score."""
         return self.numerics.round(hadamard(x)) if self.numerics.native else x
 
-    def _window(
-        self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], size: int, padded: int, call: Call
-    ) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-        """first query -> (keys [B, S, U], bool [B, size, S]): what `size` queries see of the window."""
-        back = self.config.sliding_window - 1
-        old = ring_positions(call.start, ring.shape[1])
-        kept = (old >= 0) & (old > call.start[:, None] - 1 - back)
-        # A masked key's probability is zero, but zero times a stale NaN is NaN.
-        old_rows = jnp.where(kept[..., None], ring, jnp.zeros((), ring.dtype))
-        old_keys = self.kv_row.decode(old_rows)
-        # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
-        rows = jnp.pad(new, [(0, 0), (back, padded - new.shape[1]), (0, 0)])
+    def _ring(self, ring: Shaped[Array, "B R width"], call: Call) -> WindowKeys:
+        """What queries see of the window, all of it read from the ring: for few new tokens, already written."""
+        window = self.config.sliding_window
+        held = ring_positions(call.end, ring.shape[1])
+        keys = self.kv_row.decode(_zero_unless((held >= 0) & (held > call.start[:, None] - window), ring))
 
-        def load(first: Any) -> tuple[jax.Array, jax.Array]:
+        def load(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+            position = held[:, None]
+            seen = (position <= query[..., None]) & (position > query[..., None] - window) & (position >= 0)
+            return keys, seen
+
+        return load
+
+    def _band(self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], call: Call) -> WindowKeys:
+        """What queries see of the window: the ring as it was before this step, and a band of the new keys."""
+        back = self.config.sliding_window - 1
+        held = ring_positions(call.start, ring.shape[1])
+        kept = (held >= 0) & (held >= call.start[:, None] - back)
+        old = self.kv_row.decode(_zero_unless(kept, ring))
+        # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
+        rows = jnp.pad(new, [(0, 0), (back, QUERY_BLOCK), (0, 0)])
+
+        def load(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+            size = query.shape[1]
+            first = query[0, 0] - call.start[0]
             band = self.kv_row.decode(lax.dynamic_slice_in_dim(rows, first, back + size, axis=1))
-            query = call.start[:, None] + first + jnp.arange(size)
             key = query[:, :1] - back + jnp.arange(back + size)
-            seen_old = kept[:, None] & (old[:, None] > query[..., None] - 1 - back)
-            own = (key[:, None] <= query[..., None]) & (key[:, None] > query[..., None] - 1 - back)
+            seen_old = kept[:, None] & (held[:, None] >= query[..., None] - back)
+            own = (key[:, None] <= query[..., None]) & (key[:, None] >= query[..., None] - back)
             seen_new = own & (key >= call.start[:, None])[:, None]
-            keys = jnp.concatenate([old_keys, band], axis=1)
-            return keys, jnp.concatenate([seen_old, seen_new], axis=-1)
+            return jnp.concatenate([old, band], axis=1), jnp.concatenate([seen_old, seen_new], axis=-1)
 
         return load
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
     def _attend(
-        self, q: jax.Array, low: jax.Array, x: jax.Array, ring: jax.Array, new: jax.Array, cache: V4Cache, call: Call
+        self, q: jax.Array, low: jax.Array, x: jax.Array, window: WindowKeys, cache: V4Cache, call: Call
     ) -> Float[Array, "B T H U"]:
         b, t = q.shape[:2]
         config, numerics = self.config, self.numerics
@@ -299,7 +321,6 @@ class SparseAttention:
             size = max(1, min(size, GATHER_BYTES // (b * config.index_topk * config.head_dim * 4)))
         size = min(size, t)
         padded = -(-t // size) * size
-        window = self._window(ring, new, size, padded, call)
         q = _pad_queries(q, padded)
         sink = self.params["sink"][self.layer]
         if chosen_few:
@@ -307,8 +328,8 @@ class SparseAttention:
 
         def block(first: Any) -> jax.Array:
             queries = lax.dynamic_slice_in_dim(q, first, size, axis=1)
-            sources = [Keys(1, lambda _: window(first))]
             query = call.start[:, None] + first + jnp.arange(size, dtype=jnp.int32)
+            sources = [Keys(1, lambda _: window(query))]
             if state is not None:
                 # Entries that this step completed are in the cache, beyond it nothing counts.
                 visible = jnp.minimum((query + 1) // self.ratio, (call.end // self.ratio)[:, None])
@@ -346,7 +367,7 @@ class SparseAttention:
         count = visible.max(axis=1)
 
         def load(j: Any) -> tuple[jax.Array, jax.Array]:
-            keys = self.kv_row.decode(read_entries(state.entries, self.place, j, count))
+            keys = self.kv_row.decode(read_entries(state.entries, self.place, j, size, count))
             return keys, j * size + jnp.arange(size) < visible[..., None]
 
         return Keys((count.max() + size - 1) // size, load)
@@ -364,15 +385,11 @@ class SparseAttention:
         return q, numerics.round(weights)
 
     def _output(self, out: Float[Array, "B T H U"]) -> Float[Array, "B T D"]:
-        """The grouped low-rank projection: each group of heads by its own matrix, then together (spec V4 2.3, step 8)."""
+        """The grouped low-rank projection: each group of heads by its own matrix, then all (spec V4 2.3, step 8)."""
         config, numerics = self.config, self.numerics
         b, t = out.shape[:2]
         g = config.o_groups
         groups = jnp.moveaxis(out.reshape(b * t, g, -1), 1, 0)
-        w = split_rows(self.params["o_a"], g)
-        one = lax.map(
-            lambda i: block_scaled_dot(lax.dynamic_index_in_dim(groups, i, keepdims=False), w, (self.layer, i)),
-            jnp.arange(g),
-        )
+        one = batched_dot(groups, split_rows(self.params["o_a"], g), (self.layer,))
         low = numerics.round(jnp.moveaxis(one, 0, 1)).reshape(b, t, -1)
         return numerics.linear(low, self.params["o_b"], (self.layer,))

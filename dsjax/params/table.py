@@ -80,15 +80,17 @@ class Stored:
 def official_storage(row: Row, config: Config) -> Stored:
     """The storage DeepSeek publishes (spec V3 3.2, V4 3.1).
 
-    Where the model is quantised, E4M3 for linear layers, with float32 scales (V3) or E8M0 ones (V4), whose experts are
-    E2M1 where the config says so. Norms and other matrices are bfloat16.
+    Where the model is quantised, E4M3 for linear layers, with float32 scales (V3) or E8M0 ones (V4, unless its config
+    asks for scales that are no powers of two), whose experts are E2M1 where the config says so. Norms and other
+    matrices are bfloat16.
     """
     if row.storage == INTEGER:
         return Stored("i32")
     if row.storage in (LINEAR, EXPERT) and config.quantization is not None:
         if not isinstance(config, V4Config):
             return Stored("e4m3", "f32")
-        return Stored("e2m1" if row.storage == EXPERT and config.expert_dtype == "fp4" else "e4m3", "e8m0")
+        scales = "f32" if config.quantization.scale_fmt == "float" else "e8m0"
+        return Stored("e2m1" if row.storage == EXPERT and config.expert_dtype == "fp4" else "e4m3", scales)
     return Stored("f32" if row.storage == FLOAT32 or row.path[-1] == "bias" else "bf16")
 
 
