@@ -21,7 +21,8 @@ def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarr
     d = channels
     # NumPy's float32 power is off by up to two units in the last place; float64's, rounded, is not.
     powers = theta ** (np.arange(0, d, 2, dtype=np.float32) / np.float32(d)).astype(np.float64)
-    plain = np.float32(1) / powers.astype(np.float32)
+    with np.errstate(over="ignore"):  # what lies beyond float32 turns nothing
+        plain, factor = np.float32(1) / powers.astype(np.float32), np.float32(yarn.factor if yarn else 1)
     if yarn is None:
         return plain
 
@@ -32,7 +33,7 @@ def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarr
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), d - 1)
     ramp = np.clip((np.arange(d // 2, dtype=np.float32) - low) / np.float32((high - low) or 0.001), 0, 1)
     kept = 1 - ramp
-    return plain / np.float32(yarn.factor) * (1 - kept) + plain * kept
+    return plain / factor * (1 - kept) + plain * kept
 
 
 def rope_magnitude(config: V3Config) -> float:
