@@ -1,24 +1,31 @@
 #!/usr/bin/env python3
 """Decode and prefill speed beside Hugging Face transformers and llama.cpp, in one run.
 
-The model is the bench geometry (V3 layers: hidden 1024, 8 layers of which 1 dense, 16 heads, 64 experts of 512, top-6,
-vocabulary 32000; 841 M parameters) with random weights, the same on every side, each side holding them in its own
-format:
+The model is a bench geometry with random weights, the same on every side, each side holding them in its own format:
 
-    dsjax-fp8         the checkpoint's FP8 codes, resident as stored
+    deepseek-v3        hidden 1024, 8 layers of which 1 dense, 16 heads, 64 experts of 512, top-6, vocabulary 32000;
+                       841 M parameters
+    deepseek-v4-flash  hidden 1024, 7 layers with compression ratios 0, 0, 4, 128, 4, 128, 4, the rest alike; 846 M
+                       parameters, experts in FP4
+
+The columns:
+
+    dsjax-stored      the checkpoint's FP8 and FP4 codes, resident as stored
     dsjax-int8        --weights int8; -bfloat16 and -float32 likewise. Activations are bfloat16 in these four.
     dsjax-all-float32 float32 weights and activations, the counterpart of hf-float32; only when asked for
-    hf-bfloat16       Hugging Face's DeepseekV3ForCausalLM; every ratio is to this column
+    hf-bfloat16       Hugging Face's DeepseekV3ForCausalLM or DeepseekV4ForCausalLM; every ratio is to this column
     hf-float32        the same in float32; only with --hf-float32 or when asked for
-    llama-q8          llama.cpp through llama_cpp, Q8_0 weights; only with --gguf FILE, see make_bench_gguf.py
+    llama-q8          llama.cpp through llama_cpp, Q8_0 weights, V3 only; only with --gguf FILE, see make_bench_gguf.py
     llama-q8-extra    the same with weights repacked where llama.cpp can (see LlamaCpp); only when asked for
 
-All columns are loaded at once and take turns within each round, in an order that shifts by one from round to round, so
-that what else the machine does falls on all alike. One round warms up. A round's decode time is the median of its
-steps; the table's numbers come from medians over rounds. Prefill is from the prompt to the first token; compiling is
-not counted. Needs the `parity` extra.
+All columns are loaded at once. First the logits of one prompt are compared, to see that all sides run the same model.
+Then they take turns within each round, in an order that shifts by one from round to round, so that what else the
+machine does falls on all alike. One round warms up. A round's decode time is the median of its steps; the table's
+numbers come from medians over rounds. Prefill is from the prompt to the first token; compiling is not counted. Needs
+the `parity` extra.
 
-    .venv/bin/python scripts/bench_vs_hf.py [--columns dsjax-fp8,hf-bfloat16] [--cases decode-1] [--rounds 7]
+    .venv/bin/python scripts/bench_vs_hf.py [--geometry deepseek-v4-flash] [--columns dsjax-stored,hf-bfloat16]
+        [--cases decode-1] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -44,29 +52,52 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsjax.checkpoint.load import load
-from dsjax.config import Config, load_config
+from dsjax.checkpoint.names import official_name
+from dsjax.config import Config, V3Config, V4Config, load_config
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
 from dsjax.params import Tree, table, tree_bytes
 from dsjax.synth import synth_config, synthesise
 from quant import QArray
 
-BENCH_GEOMETRY = {
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
-    "q_lora_rank": 384,
-    "n_routed_experts": 64,
-    "moe_intermediate_size": 512,
-    "num_experts_per_tok": 6,
+GEOMETRIES: dict[str, tuple[int, dict[str, Any]]] = {  # preset: (layers, settings)
+    "deepseek-v3": (
+        8,
+        {
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 0,
+            "vocab_size": 32000,
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+            "q_lora_rank": 384,
+            "n_routed_experts": 64,
+            "moe_intermediate_size": 512,
+            "num_experts_per_tok": 6,
+        },
+    ),
+    "deepseek-v4-flash": (
+        7,
+        {
+            "num_nextn_predict_layers": 0,
+            "vocab_size": 32000,
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "q_lora_rank": 384,
+            "o_lora_rank": 256,
+            "o_groups": 4,
+            "n_routed_experts": 64,
+            "moe_intermediate_size": 512,
+            "num_experts_per_tok": 6,
+            "index_n_heads": 16,
+            "index_topk": 512,
+        },
+    ),
 }
+"""What `dsjax synth` makes of a preset for the comparison; all else is the preset's."""
 
 DSJAX = {  # column: (weights, dtype of activations)
-    "dsjax-fp8": ("stored", "bfloat16"),
+    "dsjax-stored": ("stored", "bfloat16"),
     "dsjax-int8": ("int8", "bfloat16"),
     "dsjax-bfloat16": ("bfloat16", "bfloat16"),
     "dsjax-float32": ("float32", "bfloat16"),
@@ -76,7 +107,7 @@ HUGGING_FACE = {"hf-bfloat16": "bfloat16", "hf-float32": "float32"}
 LLAMA = {"llama-q8": False, "llama-q8-extra": True}  # column: whether extra buffers are used
 BASELINE = "hf-bfloat16"
 HEADINGS = {
-    "dsjax-fp8": "dsjax, FP8",
+    "dsjax-stored": "dsjax, as stored",
     "dsjax-int8": "dsjax, int8",
     "dsjax-bfloat16": "dsjax, bf16",
     "dsjax-float32": "dsjax, f32",
@@ -87,6 +118,8 @@ HEADINGS = {
     "llama-q8-extra": "llama.cpp, Q8_0 repacked",
 }
 ENOUGH_ROUNDS = 5
+AGREEMENT_TOKENS = 160
+"""Of the prompt whose logits are compared: more than a window of 128, and enough for each of V4's compressors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +156,18 @@ class Side(Protocol):
 
     weight_bytes: int
 
+    def logits(self, prompt: np.ndarray) -> np.ndarray | None:
+        """float32 [B, T, V] of an int prompt [B, T]; None from a side that gives none."""
+
     def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
         """(seconds of prefill, seconds of each decode step), greedy; int prompt [B, T]."""
 
 
-def checkpoint(folder: Path) -> Path:
-    """The folder; made, of the bench geometry, where there is none."""
+def checkpoint(folder: Path, geometry: str = "deepseek-v3") -> Path:
+    """The folder; made, of a bench geometry, where there is none."""
     if not folder.exists():
-        synthesise(folder, synth_config("deepseek-v3", settings=BENCH_GEOMETRY))
+        layers, settings = GEOMETRIES[geometry]
+        synthesise(folder, synth_config(geometry, layers=layers, settings=settings), template=geometry)
     return folder
 
 
@@ -141,13 +178,19 @@ class Dsjax:
         self.engine = Engine(config, params, Numerics("plain", dtype))
         self.weight_bytes = tree_bytes(params)
 
+    def logits(self, prompt: np.ndarray) -> np.ndarray:
+        return self.engine.score(prompt)[0]
+
     def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
         timing = self.engine.generate(prompt.tolist(), steps + 1)[1]
         return timing.ttft_s, timing.token_s
 
 
-def _state(config: Config, params: Tree) -> dict[str, Any]:
-    """Hugging Face's state dict: the checkpoint's names, but a layer's experts are one tensor, gate above up."""
+def _state(config: Config, params: Tree, names: Iterable[str]) -> dict[str, Any]:
+    """Hugging Face's state dict, `names` of it: the checkpoint's tensors, but a layer's experts are one, gate above up.
+
+    Names of what is computed, and in no checkpoint, are left out.
+    """
     import torch
 
     def tensor(leaf: Any) -> torch.Tensor:
@@ -155,41 +198,60 @@ def _state(config: Config, params: Tree) -> dict[str, Any]:
             return torch.from_dlpack(leaf.codes).view(torch.bfloat16)
         return torch.from_dlpack(leaf)
 
-    state = {}
+    tensors, experts = {}, {}
     for row in table(config):
         leaf: Any = params
         for key in row.path:
             leaf = leaf[key]
         values = tensor(leaf)
         if row.experts:
-            for i, layer in enumerate(row.layers):
-                state[f"model.layers.{layer}.mlp.experts.{row.path[-1]}_proj"] = values[i]
+            experts.update({(str(layer), row.path[-1]): values[i] for i, layer in enumerate(row.layers)})
         else:
-            for index, name in row.tensors():
-                state[name] = values[index]
-    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
-        where = f"model.layers.{layer}.mlp.experts."
-        state[where + "gate_up_proj"] = torch.cat([state.pop(where + f"{part}_proj") for part in ("gate", "up")], dim=1)
+            tensors.update({name: values[index] for index, name in row.tensors()})
+    state = {}
+    for name in names:
+        own = official_name(name) if isinstance(config, V4Config) else name
+        if ".mlp.experts." in name:
+            layer = name.split(".")[2]
+            parts = ("down",) if name.endswith("down_proj") else ("gate", "up")
+            state[name] = torch.cat([experts[layer, part] for part in parts], dim=1)
+        elif own in tensors:
+            state[name] = tensors[own]
     return state
 
 
 class HuggingFace:
-    """Hugging Face's DeepseekV3ForCausalLM with its own cache."""
+    """Hugging Face's model of the family with its own cache, as `from_pretrained` makes it.
+
+    What that keeps in float32 whatever the dtype (V4's streams, norms and sinks) is float32.
+    """
 
     def __init__(self, folder: Path, config: Config, params: Tree, dtype: str, experts: str | None) -> None:
         import torch
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        import transformers
 
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for key in ("quantization_config", "torch_dtype", "architectures", "model_type"):
+        for key in ("quantization_config", "torch_dtype", "architectures", "model_type", "expert_dtype"):
             c.pop(key, None)
-        c["num_key_value_heads"] = config.num_attention_heads
+        if isinstance(config, V3Config):
+            c["num_key_value_heads"] = config.num_attention_heads
+        family = "DeepseekV4" if isinstance(config, V4Config) else "DeepseekV3"
+        hf_config, kind = getattr(transformers, f"{family}Config")(**c), getattr(transformers, f"{family}ForCausalLM")
+        with torch.device("meta"):
+            names = list(kind(hf_config).state_dict())
+        state = _state(config, params, names)
         choice = {"experts_implementation": experts} if experts else {}
-        hf_config = DeepseekV3Config(**c)
-        self.model = DeepseekV3ForCausalLM._from_config(hf_config, dtype=getattr(torch, dtype), **choice).eval()
-        self.model.load_state_dict(_state(config, params))
+        self.model = kind.from_pretrained(
+            None, config=hf_config, state_dict=state, dtype=getattr(torch, dtype), **choice
+        ).eval()
         self.experts = self.model.config._experts_implementation
         self.weight_bytes = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+
+    def logits(self, prompt: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self.model(torch.from_numpy(prompt), use_cache=False).logits.float().numpy()
 
     def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
         import torch
@@ -308,6 +370,9 @@ class LlamaProcess:
         except EOFError:
             raise SystemExit("llama.cpp: expected an answer, found that its process has ended") from None
 
+    def logits(self, prompt: np.ndarray) -> None:
+        """None: Q8_0 is off by too much for a comparison, docs/decisions.md says by how much."""
+
     def run(self, prompt: np.ndarray, steps: int) -> tuple[float, list[float]]:
         self.connection.send((prompt, steps))
         return self._receive()
@@ -321,6 +386,8 @@ def sides(folder: Path, options: argparse.Namespace) -> tuple[Config, dict[str, 
         return load(folder, weights=weights)[1]
 
     config = load_config(folder)
+    if isinstance(config, V4Config) and any(name in LLAMA for name in options.columns):
+        raise SystemExit(f"llama.cpp: expected a V3 geometry, found {folder} of {config.model_type}")
     built: dict[str, Side] = {}
     for name in options.columns:
         print(f"loading {name}", file=sys.stderr)
@@ -333,6 +400,30 @@ def sides(folder: Path, options: argparse.Namespace) -> tuple[Config, dict[str, 
         else:
             built[name] = LlamaProcess(options.gguf, config.vocab_size, options.threads, LLAMA[name])
     return config, built
+
+
+def agreement(built: dict[str, Side], config: Config) -> dict[str, dict[str, float]]:
+    """How far logits of one prompt are from Hugging Face's, by column, as shares of these at each position.
+
+    They are compared with the baseline's, without one with those of hf-float32.
+
+    Returns:
+      "typical", "worst": median and maximum over positions of |a - b| / |b|, Euclidean norms over the vocabulary;
+      "greatest": the largest difference of any logit, over the largest logit. Unrelated models have a typical
+      difference of 1.4. Empty without Hugging Face.
+    """
+    prompt = np.random.default_rng(1).integers(0, config.vocab_size, (1, AGREEMENT_TOKENS))
+    reference = next((name for name in HUGGING_FACE if name in built), None)
+    expected = built[reference].logits(prompt) if reference else None
+    found: dict[str, dict[str, float]] = {}
+    for column, side in built.items():
+        logits = side.logits(prompt) if expected is not None and column != reference else None
+        if expected is not None and logits is not None:
+            off = np.linalg.norm(logits - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+            greatest = np.abs(logits - expected).max() / np.abs(expected).max()
+            typical, worst = float(np.median(off)), float(off.max())
+            found[column] = {"typical": typical, "worst": worst, "greatest": float(greatest)}
+    return found
 
 
 Rounds = dict[str, dict[str, list[float]]]
@@ -359,7 +450,9 @@ def measure(built: dict[str, Side], config: Config, options: argparse.Namespace)
     return seconds
 
 
-def report(built: dict[str, Side], seconds: Rounds, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def report(
+    built: dict[str, Side], seconds: Rounds, agreed: dict[str, dict[str, float]], options: argparse.Namespace
+) -> tuple[str, dict[str, Any]]:
     """(the Markdown table, the same and every round's seconds as one JSON object)."""
     rates = {
         column: {case: CASES[case].tokens / statistics.median(times) for case, times in by_case.items()}
@@ -374,11 +467,15 @@ def report(built: dict[str, Side], seconds: Rounds, options: argparse.Namespace)
             cells.append(f"{rates[column][case]:.1f}{ratio}")
         lines.append(f"| {CASES[case].heading} | " + " | ".join(cells) + " |")
     lines.append("| weights in memory | " + " | ".join(f"{s.weight_bytes / 1e9:.2f} GB" for s in built.values()) + " |")
+    if agreed:
+        cells = [f"{agreed[column]['typical']:.1%}" if column in agreed else "" for column in built]
+        lines.append("| logits off by | " + " | ".join(cells) + " |")
     columns = {
         column: {
             "weight_bytes": side.weight_bytes,
             "tokens_per_s": rates[column],
             "ratio": {case: rates[column][case] / baseline[case] for case in rates[column]} if baseline else None,
+            "logits_off_by": agreed.get(column),
             "seconds": seconds[column],
         }
         for column, side in built.items()
@@ -409,6 +506,7 @@ def _options() -> argparse.Namespace:
 
         return parse
 
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="deepseek-v3", help="of a model that is made")
     parser.add_argument("--columns", type=some_of(columns), help=f"some of {','.join(columns)}")
     parser.add_argument("--cases", type=some_of(list(CASES)), default=list(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--hf-float32", action="store_true", help="also Hugging Face in float32 (3.4 GB more)")
@@ -416,7 +514,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp, from make_bench_gguf.py")
     parser.add_argument("--new-tokens", type=int, default=24, help="decode steps in a round (default 24, at most 96)")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
-    parser.add_argument("--model", type=Path, help="a checkpoint of the bench geometry; made there if there is none")
+    parser.add_argument("--model", type=Path, help="a checkpoint; one of --geometry is made if there is none")
     options = parser.parse_args()
     if options.rounds < 1 or not 1 <= options.new_tokens <= 96:
         parser.error("expected at least 1 round and 1 to 96 new tokens")
@@ -440,9 +538,11 @@ def main() -> None:
 
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        config, built = sides(checkpoint(options.model or Path(scratch) / "bench"), options)
+        config, built = sides(checkpoint(options.model or Path(scratch) / "bench", options.geometry), options)
+        print("comparing logits", file=sys.stderr)
+        agreed = agreement(built, config)
         seconds = measure(built, config, options)
-    text, result = report(built, seconds, options)
+    text, result = report(built, seconds, agreed, options)
     print(text)
     if options.rounds < ENOUGH_ROUNDS:
         print(f"{options.rounds} rounds: for a number to be trusted, at least {ENOUGH_ROUNDS}", file=sys.stderr)

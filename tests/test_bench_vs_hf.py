@@ -1,15 +1,17 @@
-"""The comparison's scripts: the one starts, the other's file is read back by llama.cpp's own package."""
+"""The comparison's scripts: sides run the same model; the file for llama.cpp is read back by its own package."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, SYNTH_SETTINGS
+from helpers import ROOT, SYNTH_SETTINGS, V4_SETTINGS
 
 from dsjax.checkpoint.load import load
 from dsjax.synth import synth_config, synthesise
@@ -26,6 +28,22 @@ def _run(script: str, *arguments: str) -> str:
 def test_help() -> None:
     """Without PyTorch or llama.cpp."""
     assert "--columns" in _run("bench_vs_hf.py", "--help")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [("deepseek-v3", SYNTH_SETTINGS), ("deepseek-v4-flash", V4_SETTINGS)],
+)
+def test_same_model_as_hugging_face(preset: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    changes = {**settings, "num_nextn_predict_layers": 0}
+    synthesise(tmp_path / "model", synth_config(preset, layers=4, settings=changes))
+    arguments = ("--columns", "dsjax-all-float32,hf-float32", "--cases", "prefill-128", "--rounds", "1")
+    *rows, last = _run("bench_vs_hf.py", "--model", str(tmp_path / "model"), *arguments).splitlines()
+    assert any(row.startswith("| prefill of 128 |") for row in rows)
+    result = json.loads(last)["columns"]["dsjax-all-float32"]
+    assert result["tokens_per_s"]["prefill-128"] > 0 and result["logits_off_by"]["typical"] < 1e-4
 
 
 @pytest.mark.parity
