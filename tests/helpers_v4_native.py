@@ -18,7 +18,7 @@ from dsjax.cache.v4 import V4Cache, init_cache
 from dsjax.config import V4Config, parse_config
 from dsjax.config.v4 import CSA
 from dsjax.layers.compressor import entry_numbers
-from dsjax.layers.indexer import top_entries
+from dsjax.layers.indexer import lightning_indexer
 from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import rope_frequencies, rope_table
 from dsjax.layers.sparse_attention import Call, SparseAttention
@@ -183,7 +183,7 @@ def _attention(config: V4Config, numerics: Numerics, tokens: int) -> Any:
             q, weights = attention._index_queries(low, x, call)
             visible = jnp.minimum((call.positions + 1) // CSA, (call.end // CSA)[:, None])
             keys = cache.index.entries
-            chosen = top_entries(
+            chosen = lightning_indexer(
                 q, weights, keys, 0, visible, config.index_topk, attention.index_row, numerics
             )  # fmt: skip
         return out, chosen, dataclasses.replace(cache, length=cache.length + n_new)

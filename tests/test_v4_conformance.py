@@ -18,7 +18,7 @@ from dsjax.cache.v4 import overlap
 from dsjax.config.fields import Yarn
 from dsjax.layers.gate import sqrtsoftplus_gate
 from dsjax.layers.rope import rope_frequencies
-from dsjax.layers.sparse_attention import Keys, sink_attention
+from dsjax.layers.sink_attention import Keys, sink_attention
 from dsjax.layers.streams import sinkhorn
 from quant import E2M1, QArray, act_quant, dequantise, quantise
 from quant.formats import decode, encode

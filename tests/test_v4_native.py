@@ -37,9 +37,9 @@ from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import init_cache
 from dsjax.layers.ffn import MoE
 from dsjax.layers.gate import sqrtsoftplus_gate
-from dsjax.layers.indexer import index_scores, top_entries
-from dsjax.layers.norm import rms_norm
-from dsjax.layers.sparse_attention import SparseAttention, head_norm
+from dsjax.layers.indexer import index_scores, lightning_indexer
+from dsjax.layers.norm import head_norm, rms_norm
+from dsjax.layers.sparse_attention import SparseAttention
 from dsjax.layers.streams import hyper_connection_head, hyper_connection_post, hyper_connection_pre, sinkhorn
 from dsjax.numerics import Numerics
 from quant import E2M1, act_quant, block_scaled_dot, fake_quantise, hadamard
@@ -378,7 +378,7 @@ def test_indexer() -> None:
         call = call_of(m.config, cache, TOKENS, jnp.array([TOKENS]), 4)
         attention = SparseAttention(m.config, NATIVE, m.params["layers"]["attention"], m.params["csa"], 4, 0, 0)
         visible = (call.positions + 1) // 4
-        best = top_entries(q, w, keys, 0, visible, m.config.index_topk, row, NATIVE)
+        best = lightning_indexer(q, w, keys, 0, visible, m.config.index_topk, row, NATIVE)
         return attention._index_queries(low, x, call), index_scores(q, w, k, NATIVE), best
 
     (found_q, found_w), found_scores, best = run(*(to_jax(a[None]) for a in (x, qr, q, w, k)), keys)
