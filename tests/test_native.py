@@ -6,7 +6,7 @@ rows: one BF16 or FP8 rounding that falls the other way moves everything after i
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import emulator as em
@@ -189,7 +189,8 @@ def test_moe_layer(name: str) -> None:
     params, weights, raw, policy, x = _layer_inputs(name, "moe")
     config, numerics = golden(name).config, _numerics(name)
     valid = jnp.ones(x.shape[:2], bool)
-    found = jax.jit(lambda x, valid: MoE(config, numerics, params)(x, valid, 0))(_jax(x), valid)
+    gate = partial(moe_gate, bias=params["router"]["bias"][0], config=config)
+    found = jax.jit(lambda x, valid: MoE(config, numerics, params)(x, valid, 0, gate))(_jax(x), valid)
     expected = np.stack([em.moe(row, em.scope(weights, "mlp."), raw, policy) for row in x])
     errors = [relative_norm(a, b) for a, b in zip(_numpy(found), expected, strict=True)]
     print("moe", name, np.median(errors), max(errors))
