@@ -324,7 +324,8 @@ class SparseAttention:
         q = _pad_queries(q, padded)
         sink = self.params["sink"][self.layer]
         if chosen_few:
-            index_q, weights = (_pad_queries(a, padded) for a in self._index_queries(low, x, call))
+            with jax.named_scope("indexer"):
+                index_q, weights = (_pad_queries(a, padded) for a in self._index_queries(low, x, call))
 
         def block(first: Any) -> jax.Array:
             queries = lax.dynamic_slice_in_dim(q, first, size, axis=1)
