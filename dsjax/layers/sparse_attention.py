@@ -35,7 +35,8 @@ from dsjax.layers.norm import rms_norm
 from dsjax.layers.rope import RopeTable, inverse, rope_tail
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import E2M1, batched_dot, fake_quantise, hadamard, split_rows
+from quant import E2M1, batched_dot, block_scaled_dot, fake_quantise, hadamard, split_rows
+from quant.matmul import FUSED_TOKENS
 
 QUERY_BLOCK = 128
 """Queries taken together, at most."""
@@ -391,6 +392,11 @@ class SparseAttention:
         b, t = out.shape[:2]
         g = config.o_groups
         groups = jnp.moveaxis(out.reshape(b * t, g, -1), 1, 0)
-        one = batched_dot(groups, split_rows(self.params["o_a"], g), (self.layer,))
+        matrices = split_rows(self.params["o_a"], g)
+        if b * t <= FUSED_TOKENS:
+            one = batched_dot(groups, matrices, (self.layer,))
+        else:  # one by one: XLA:CPU takes a product of several, their operand moved, to float32
+            numbers = jnp.arange(g, dtype=jnp.int32)
+            one = lax.map(lambda a: block_scaled_dot(a[0], matrices, (self.layer, a[1])), (groups, numbers))
         low = numerics.round(jnp.moveaxis(one, 0, 1)).reshape(b, t, -1)
         return numerics.linear(low, self.params["o_b"], (self.layer,))
