@@ -61,7 +61,11 @@ class Keys:
 
 def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
     """q [B, q, H, U] with keys: float32 [B, q, H, S]."""
-    return _einsum("bqhu,bsu->bqhs" if keys.ndim == 3 else "bqhu,bqsu->bqhs", q, keys)
+    if keys.ndim == 4:
+        return _einsum("bqhu,bqsu->bqhs", q, keys)
+    if q.shape[1] * q.shape[2] < keys.shape[1]:  # XLA:CPU turns the second operand over: let it be the smaller one
+        return jnp.moveaxis(_einsum("bsu,bqhu->bsqh", keys, q), 1, 3)
+    return _einsum("bqhu,bsu->bqhs", q, keys)
 
 
 def _values(p: jax.Array, keys: jax.Array) -> jax.Array:
