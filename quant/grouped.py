@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
-from quant.matmul import FUSED_TOKENS, Index, Weight, block_scaled_dot, tile_dot, tile_elements
+from quant.matmul import (
+    FUSED_ELEMENTS,
+    FUSED_TOKENS,
+    Index,
+    Weight,
+    block_scaled_dot,
+    can_fuse,
+    tile_dot,
+    tile_elements,
+)
 from quant.qarray import QArray
 
 MAX_GROUP_ROWS = 128
@@ -104,7 +113,8 @@ def expert_dot(
 
 
 def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float32[Array, "G T N"]:
-    """x[g] times the transpose of w[*index, g] for every g, as many matrices at a time as fit a tile.
+    """x[g] times the transpose of w[*index, g] for every g: few tokens, many matrices at a time; else one by one, for
+    XLA:CPU takes a product of several, whose operand was moved there, to float32.
 
     Args:
       x: float [G, T, K].
@@ -112,19 +122,17 @@ def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float
       index: indices of the `lead` axes.
     """
     matrices, tokens = x.shape[:2]
-    fit = tile_elements(w.shape[-2:], w, tokens, x.dtype) // math.prod(w.shape[-2:])
-    trips = -(-matrices // max(1, fit))
-    while matrices % trips:
-        trips += 1
-    at_once = matrices // trips
+    fit = FUSED_ELEMENTS // math.prod(w.shape[-2:]) if can_fuse(w.shape[-2:], w, tokens) else 1
+    at_once = max(n for n in range(1, matrices + 1) if matrices % n == 0 and n <= max(1, fit))
 
     def run(first: Any) -> jax.Array:
         rows = lax.dynamic_slice_in_dim(x, first, at_once, axis=0)
         return expert_dot(rows, w, first + jnp.arange(at_once, dtype=jnp.int32), index)
 
-    if trips == 1:
+    if at_once == matrices:
         return run(0)
-    return lax.scan(lambda _, i: (None, run(i * at_once)), None, jnp.arange(trips))[1].reshape(matrices, tokens, -1)
+    trips = jnp.arange(0, matrices, at_once)
+    return lax.scan(lambda _, first: (None, run(first)), None, trips)[1].reshape(matrices, tokens, -1)
 
 
 def experts_at_once(groups: Groups, matrices: Sequence[Weight], dtype: Any) -> int:

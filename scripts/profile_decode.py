@@ -27,12 +27,22 @@ from dsjax.checkpoint.load import load
 from dsjax.config import Config
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
-from dsjax.params import Tree, leaves, tree_bytes
+from dsjax.params import INTEGER, Tree, leaves, tree_bytes
 from dsjax.sampling import Sampling
 
 SCOPES = ("embed", "norm", "queries", "latent", "absorb", "attend", "expand", "output", "router", "experts", "shared")
 SCOPES += ("dense", "head", "sample")
+SCOPES += ("streams", "keys", "compressor", "indexer")  # V4
 
+WHERE = {  # any name on a leaf's path, the last found -> scope that reads it
+    "shared": "shared",
+    "ffn": "dense",
+    "attention_streams": "streams",
+    "ffn_streams": "streams",
+    "head_streams": "head",
+    "compressor": "compressor",
+    "indexer": "indexer",
+}
 PARTS = {  # leaf (last name, or last two) -> scope that reads it
     "q": "queries",
     "q_a": "queries",
@@ -40,6 +50,9 @@ PARTS = {  # leaf (last name, or last two) -> scope that reads it
     "kv_a": "latent",
     "kv_b": "absorb",
     "o": "output",
+    "kv": "keys",
+    "o_a": "output",
+    "o_b": "output",
     "router.weight": "router",
     "head": "head",
 }
@@ -66,13 +79,13 @@ def read_bytes(config: Config, params: Tree) -> Counter[str]:
     """Weight bytes that one token reads, by scope."""
     totals: Counter[str] = Counter()
     for row, leaf in leaves(params, config):
-        if row.path[0] in ("embed", "mtp"):
+        if row.path[0] in ("embed", "mtp") or row.storage == INTEGER:
             continue
         nbytes = tree_bytes(leaf)
         if row.experts:
             totals["experts"] += nbytes * config.num_experts_per_tok // config.n_routed_experts
         else:
-            part = {"shared": "shared", "ffn": "dense"}.get(row.path[-2] if len(row.path) > 1 else "")
+            part = next((WHERE[name] for name in reversed(row.path) if name in WHERE), None)
             totals[part or PARTS.get(row.path[-1]) or PARTS.get(".".join(row.path[-2:])) or "norm"] += nbytes
     return totals
 

@@ -33,7 +33,10 @@ def test_help() -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("preset", "settings"),
-    [("deepseek-v3", SYNTH_SETTINGS), ("deepseek-v4-flash", V4_SETTINGS)],
+    [
+        ("deepseek-v3", SYNTH_SETTINGS),
+        ("deepseek-v4-flash", {**V4_SETTINGS, "index_n_heads": 16}),  # with few heads many scores are zero: a tie
+    ],
 )
 def test_same_model_as_hugging_face(preset: str, settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("transformers")

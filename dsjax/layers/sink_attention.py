@@ -19,7 +19,7 @@ class Keys:
     """One source of keys, in pieces.
 
     Attributes:
-      pieces: how many; 1, or an int32 [].
+      pieces: how many: 1; an int32 []; or a bool [], for one or none.
       load: piece -> (keys, which are values too, [B, S, U] for all queries or [B, q, S, U] for each its own;
         bool [B, q, S], who is seen by whom).
     """
@@ -30,7 +30,11 @@ class Keys:
 
 def _products(q: jax.Array, keys: jax.Array) -> jax.Array:
     """q [B, q, H, U] with keys: float32 [B, q, H, S]."""
-    return _einsum("bqhu,bsu->bqhs" if keys.ndim == 3 else "bqhu,bqsu->bqhs", q, keys)
+    if keys.ndim == 4:
+        return _einsum("bqhu,bqsu->bqhs", q, keys)
+    if q.shape[1] * q.shape[2] < keys.shape[1]:  # XLA:CPU turns the second operand over: let it be the smaller one
+        return jnp.moveaxis(_einsum("bsu,bqhu->bsqh", keys, q), 1, 3)
+    return _einsum("bqhu,bsu->bqhs", q, keys)
 
 
 def _values(p: jax.Array, keys: jax.Array) -> jax.Array:
@@ -77,6 +81,8 @@ def sink_attention(
         if isinstance(source.pieces, int):
             assert source.pieces == 1
             return f(source.load(0), state)
+        if source.pieces.dtype == jnp.bool_:  # what a loop's iterations do not change would be computed without them
+            return lax.cond(source.pieces, lambda state: f(source.load(0), state), lambda state: state, state)
         return lax.fori_loop(0, source.pieces, lambda j, state: f(source.load(j), state), state)
 
     def measure(piece: Any, top: jax.Array) -> jax.Array:

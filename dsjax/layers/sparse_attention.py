@@ -34,7 +34,7 @@ from dsjax.config.v4 import CSA, HCA, WINDOW
 from dsjax.layers.compressor import Compressor
 from dsjax.layers.indexer import lightning_indexer
 from dsjax.layers.norm import head_norm, rms_norm
-from dsjax.layers.rope import RopeTable, inverse, rope_tail
+from dsjax.layers.rope import RopeTable, inverse, rope
 from dsjax.layers.sink_attention import Keys, sink_attention
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
@@ -75,13 +75,28 @@ class Call:
         return self.start + self.valid.sum(axis=1, dtype=jnp.int32)
 
 
-WindowKeys = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-"""Positions of a block of queries, int32 [B, q] -> (keys [B, S, U], bool [B, q, S], who is seen by whom)."""
+WindowKeys = Callable[[jax.Array], list[Keys]]
+"""Positions of a block of queries, int32 [B, q] -> what they see of the window."""
 
 
 def _zero_unless(kept: Bool[Array, "B R"], rows: Shaped[Array, "B R width"]) -> Shaped[Array, "B R width"]:
     """A masked key's probability is zero, but zero times a stale NaN is NaN."""
     return jnp.where(kept[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16: XLA:CPU widens bfloat16 arrays whenever it moves them."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _join(x: jax.Array, tail: jax.Array) -> jax.Array:
+    """x with `tail` for its last channels."""
+    at = x.shape[-1] - tail.shape[-1]
+    return _from_bits(lax.dynamic_update_slice_in_dim(_bits(x), _bits(tail), at, axis=-1))
 
 
 def _pad_queries(x: jax.Array, count: int) -> jax.Array:
@@ -123,11 +138,11 @@ class SparseAttention:
             low = numerics.round(rms_norm(low, self.params["q_norm"][self.layer], eps))
             q = numerics.linear(low, self.params["q_b"], index)
             q = q.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-            q = numerics.round(rope_tail(head_norm(q, eps, numerics), table))
+            q = self._turned(head_norm(q, eps, numerics), table)
         with jax.named_scope("keys"):
             kv = numerics.linear(x, self.params["kv"], index)
             kv = numerics.round(rms_norm(kv, self.params["kv_norm"][self.layer], eps))
-            new = self.kv_row.encode(numerics.round(rope_tail(kv, table)))
+            new = self.kv_row.encode(self._turned(kv, table))
             window = write_ring(cache.window, self.layer, call.positions, call.valid, new)
             if x.shape[1] <= SHORT_STEP:  # the ring still has all that the first query looks back at
                 source = self._ring(read_ring(window, self.layer), call)
@@ -138,9 +153,14 @@ class SparseAttention:
             cache = self._compress(x, cache, call)
         with jax.named_scope("attend"):
             out = self._attend(q, low, x, source, cache, call)
-            out = numerics.round(rope_tail(out, inverse(table)))
+            out = self._turned(out, inverse(table))
         with jax.named_scope("output"):
             return self._output(out), cache
+
+    def _turned(self, x: jax.Array, table: RopeTable) -> jax.Array:
+        """`rope_tail` of what is rounded already, rounded: only the tail passes through float32."""
+        nope = x.shape[-1] - self.config.qk_rope_head_dim
+        return _join(x, self.numerics.round(rope(x[..., nope:], table)))
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +170,7 @@ class SparseAttention:
         table = call.entries[self.ratio]
 
         def finish(entry: jax.Array) -> jax.Array:
-            return numerics.round(rope_tail(numerics.round(entry), table))
+            return self._turned(numerics.round(entry), table)
 
         def advance(params: Tree, state: Compressed, row: RowFormat, finish: Any) -> Compressed:
             compressor = Compressor(params, self.ratio, row, eps, numerics, finish)
@@ -176,15 +196,16 @@ class SparseAttention:
         held = ring_positions(call.end, ring.shape[1])
         keys = self.kv_row.decode(_zero_unless((held >= 0) & (held > call.start[:, None] - window), ring))
 
-        def load(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def sources(query: jax.Array) -> list[Keys]:
             position = held[:, None]
             seen = (position <= query[..., None]) & (position > query[..., None] - window) & (position >= 0)
-            return keys, seen
+            return [Keys(1, lambda _: (keys, seen))]
 
-        return load
+        return sources
 
     def _band(self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], call: Call) -> WindowKeys:
-        """What queries see of the window: the ring as it was before this step, and a band of the new keys."""
+        """What queries see of the window: the ring as it was before this step, if they look so far back, and a band of
+        the new keys."""
         back = self.config.sliding_window - 1
         held = ring_positions(call.start, ring.shape[1])
         kept = (held >= 0) & (held >= call.start[:, None] - back)
@@ -192,7 +213,7 @@ class SparseAttention:
         # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
         rows = jnp.pad(new, [(0, 0), (back, QUERY_BLOCK), (0, 0)])
 
-        def load(query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def sources(query: jax.Array) -> list[Keys]:
             size = query.shape[1]
             first = query[0, 0] - call.start[0]
             band = self.kv_row.decode(lax.dynamic_slice_in_dim(rows, first, back + size, axis=1))
@@ -200,9 +221,9 @@ class SparseAttention:
             seen_old = kept[:, None] & (held[:, None] >= query[..., None] - back)
             own = (key[:, None] <= query[..., None]) & (key[:, None] >= query[..., None] - back)
             seen_new = own & (key >= call.start[:, None])[:, None]
-            return jnp.concatenate([old, band], axis=1), jnp.concatenate([seen_old, seen_new], axis=-1)
+            return [Keys(1, lambda _: (band, seen_new)), Keys(seen_old.any(), lambda _: (old, seen_old))]
 
-        return load
+        return sources
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -221,12 +242,13 @@ class SparseAttention:
         q = _pad_queries(q, padded)
         sink = self.params["sink"][self.layer]
         if chosen_few:
-            index_q, weights = (_pad_queries(a, padded) for a in self._index_queries(low, x, call))
+            with jax.named_scope("indexer"):
+                index_q, weights = (_pad_queries(a, padded) for a in self._index_queries(low, x, call))
 
         def block(first: Any) -> jax.Array:
             queries = lax.dynamic_slice_in_dim(q, first, size, axis=1)
             query = call.start[:, None] + first + jnp.arange(size, dtype=jnp.int32)
-            sources = [Keys(1, lambda _: window(query))]
+            sources = window(query)
             if state is not None:
                 # Entries that this step completed are in the cache, beyond it nothing counts.
                 visible = jnp.minimum((query + 1) // self.ratio, (call.end // self.ratio)[:, None])
@@ -255,8 +277,8 @@ class SparseAttention:
 
         if padded == size:
             return block(0)[:, :t]
-        _, out = lax.scan(lambda _, i: (None, block(i * size)), None, jnp.arange(padded // size))
-        return jnp.moveaxis(out, 0, 1).reshape(b, padded, *q.shape[2:])[:, :t]
+        _, out = lax.scan(lambda _, i: (None, _bits(block(i * size))), None, jnp.arange(padded // size))
+        return _from_bits(jnp.moveaxis(out, 0, 1).reshape(b, padded, *q.shape[2:])[:, :t])
 
     def _all_entries(self, state: Compressed, visible: Int32[Array, "B q"]) -> Keys:
         """All visible entries, block by block."""
@@ -275,7 +297,7 @@ class SparseAttention:
         params = self.compressed["indexer"]
         q = numerics.linear(low, params["q_b"], index)
         q = q.reshape(*x.shape[:2], config.index_n_heads, config.index_head_dim)
-        q = self._rotate(numerics.round(rope_tail(q, call.compress)))
+        q = self._rotate(self._turned(q, call.compress))
         if numerics.native:
             q = fake_quantise(q, E2M1, (1, 32), pow2=True).astype(jnp.bfloat16)
         weights = numerics.linear(x, params["weights"], index).astype(jnp.float32) * config.index_scale
