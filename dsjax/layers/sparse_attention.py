@@ -50,7 +50,7 @@ class Keys:
     """One source of keys, in pieces.
 
     Attributes:
-      pieces: how many; 1, an int32 [], or for one or none a bool [].
+      pieces: how many; 1, an int32 [], or a bool [] for one that is loaded by load(True) or load(False).
       load: piece -> (keys, which are values too, [B, S, U] for all queries or [B, q, S, U] for each its own;
         bool [B, q, S], who is seen by whom).
     """
@@ -112,8 +112,12 @@ def sink_attention(
         if isinstance(source.pieces, int):
             assert source.pieces == 1
             return f(source.load(0), state)
-        if source.pieces.dtype == jnp.bool_:  # of a loop, what no iteration changes would be computed before it
-            return lax.cond(source.pieces, lambda state: f(source.load(0), state), lambda state: state, state)
+        if source.pieces.dtype == jnp.bool_:
+
+            def either(which: bool) -> Callable[[Any], Any]:
+                return lambda state: f(source.load(which), state)
+
+            return lax.cond(source.pieces, either(True), either(False), state)
         return lax.fori_loop(0, source.pieces, lambda j, state: f(source.load(j), state), state)
 
     def measure(piece: Any, top: jax.Array) -> jax.Array:
@@ -184,7 +188,7 @@ class Call:
         return self.start + self.valid.sum(axis=1, dtype=jnp.int32)
 
 
-WindowKeys = Callable[[jax.Array], list[Keys]]
+WindowKeys = Callable[[jax.Array], Keys]
 """Positions of a block of queries, int32 [B, q] -> what they see of the window."""
 
 
@@ -306,12 +310,12 @@ class SparseAttention:
         held = ring_positions(call.end, ring.shape[1])
         keys = self.kv_row.decode(_zero_unless((held >= 0) & (held > call.start[:, None] - window), ring))
 
-        def sources(query: jax.Array) -> list[Keys]:
+        def source(query: jax.Array) -> Keys:
             position = held[:, None]
             seen = (position <= query[..., None]) & (position > query[..., None] - window) & (position >= 0)
-            return [Keys(1, lambda _: (keys, seen))]
+            return Keys(1, lambda _: (keys, seen))
 
-        return sources
+        return source
 
     def _band(self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], call: Call) -> WindowKeys:
         """What queries see of the window: the ring as it was before this step, if they look so far back, and a band of
@@ -323,7 +327,7 @@ class SparseAttention:
         # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
         rows = jnp.pad(new, [(0, 0), (back, QUERY_BLOCK), (0, 0)])
 
-        def sources(query: jax.Array) -> list[Keys]:
+        def source(query: jax.Array) -> Keys:
             size = query.shape[1]
             first = query[0, 0] - call.start[0]
             band = self.kv_row.decode(lax.dynamic_slice_in_dim(rows, first, back + size, axis=1))
@@ -331,9 +335,15 @@ class SparseAttention:
             seen_old = kept[:, None] & (held[:, None] >= query[..., None] - back)
             own = (key[:, None] <= query[..., None]) & (key[:, None] >= query[..., None] - back)
             seen_new = own & (key >= call.start[:, None])[:, None]
-            return [Keys(1, lambda _: (band, seen_new)), Keys(seen_old.any(), lambda _: (old, seen_old))]
 
-        return sources
+            def load(both: bool) -> tuple[jax.Array, jax.Array]:
+                if not both:
+                    return band, seen_new
+                return jnp.concatenate([old, band], axis=1), jnp.concatenate([seen_old, seen_new], axis=-1)
+
+            return Keys(seen_old.any(), load)
+
+        return source
 
     # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -358,7 +368,7 @@ class SparseAttention:
         def block(first: Any) -> jax.Array:
             queries = lax.dynamic_slice_in_dim(q, first, size, axis=1)
             query = call.start[:, None] + first + jnp.arange(size, dtype=jnp.int32)
-            sources = window(query)
+            sources = [window(query)]
             if state is not None:
                 # Entries that this step completed are in the cache, beyond it nothing counts.
                 visible = jnp.minimum((query + 1) // self.ratio, (call.end // self.ratio)[:, None])
