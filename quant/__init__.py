@@ -1,6 +1,19 @@
 """Number formats and quantised arrays. Knows no model and no mesh."""
 
-from quant.formats import BF16, E2M1, E4M3, E5M2, E8M0, F16, FORMATS, INT4, INT8, Format
+from quant.formats import (
+    BF16,
+    E2M1,
+    E4M3,
+    E5M2,
+    E8M0,
+    F16,
+    FORMATS,
+    INT4,
+    INT8,
+    Format,
+    bfloat16_bits,
+    bfloat16_of_bits,
+)
 from quant.grouped import (
     Groups,
     batched_dot,
@@ -49,6 +62,8 @@ __all__ = [
     "QArray",
     "act_quant",
     "batched_dot",
+    "bfloat16_bits",
+    "bfloat16_of_bits",
     "block_scaled_dot",
     "dequantise",
     "dequantise_rows",

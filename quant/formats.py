@@ -185,6 +185,16 @@ def round_to_bfloat16(values: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
+def bfloat16_bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16, other types as they are: XLA:CPU widens a bfloat16 array whole whenever it moves a part."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def bfloat16_of_bits(x: jax.Array) -> jax.Array:
+    """The inverse of `bfloat16_bits`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
 def encode_e8m0_ceil(values: jax.Array) -> jax.Array:
     """The smallest power of two that is >= the value, as an E8M0 code, in integer operations only.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
+from quant.formats import bfloat16_bits, bfloat16_of_bits
 from quant.matmul import (
     FUSED_ELEMENTS,
     FUSED_TOKENS,
@@ -196,8 +197,8 @@ def grouped_map(
     shape = jax.eval_shape(run, 0)
     (rows, n), dtype = shape.shape, shape.dtype
     if dtype == jnp.bfloat16:  # XLA:CPU would widen the whole array at every update
-        bits = grouped_map(lambda *a: lax.bitcast_convert_type(f(*a), jnp.uint16), x, groups, at_once, row_values)
-        return lax.bitcast_convert_type(bits, dtype)
+        bits = grouped_map(lambda *a: bfloat16_bits(f(*a)), x, groups, at_once, row_values)
+        return bfloat16_of_bits(bits)
 
     # Each trip stores the rows of the trip before: an update that is computed where it is stored takes one thread only
     # on XLA:CPU, one that was carried is a plain copy.
@@ -218,7 +219,7 @@ def ungroup(rows: Float[Array, "rows N"], groups: Groups) -> Float[Array, "T k N
     t, k = groups.place.shape
     if t == 1 and groups.size == 1:
         return rows[None, :k]  # in order, and zero where masked out; a gather would be fused with the product before it
-    return rows.at[groups.place].get(mode="fill", fill_value=0)
+    return bfloat16_of_bits(bfloat16_bits(rows).at[groups.place].get(mode="fill", fill_value=0))
 
 
 def grouped_matmul(x: Float[Array, "T K"], w: Weight, groups: Groups, index: Index = ()) -> Float32[Array, "rows N"]:

@@ -180,7 +180,7 @@ def _attention(config: V4Config, numerics: Numerics, tokens: int) -> Any:
             a = params["layers"]["attention"]
             low = numerics.linear(x, a["q_a"], (0,))
             low = numerics.round(rms_norm(low, a["q_norm"][0], config.rms_norm_eps))
-            q, weights = attention._index_queries(low, x, call)
+            q, weights = attention.index_queries(low, x, call)
             visible = jnp.minimum((call.positions + 1) // CSA, (call.end // CSA)[:, None])
             keys = cache.index.entries
             chosen = lightning_indexer(

@@ -33,7 +33,6 @@ from helpers_v4_native import (
     unquantised,
 )
 
-from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import init_cache
 from dsjax.layers.ffn import MoE
 from dsjax.layers.gate import sqrtsoftplus_gate
@@ -43,6 +42,7 @@ from dsjax.layers.sparse_attention import SparseAttention
 from dsjax.layers.streams import hyper_connection_head, hyper_connection_post, hyper_connection_pre, sinkhorn
 from dsjax.numerics import Numerics
 from quant import E2M1, act_quant, block_scaled_dot, fake_quantise, hadamard
+from quant.rows import RowFormat
 
 TOKENS = 330
 KINDS = pytest.mark.parametrize("ratio", [0, 4, 128], ids=["window", "csa", "hca"])
@@ -379,7 +379,7 @@ def test_indexer() -> None:
         attention = SparseAttention(m.config, NATIVE, m.params["layers"]["attention"], m.params["csa"], 4, 0, 0)
         visible = (call.positions + 1) // 4
         best = lightning_indexer(q, w, keys, 0, visible, m.config.index_topk, row, NATIVE)
-        return attention._index_queries(low, x, call), index_scores(q, w, k, NATIVE), best
+        return attention.index_queries(low, x, call), index_scores(q, w, k, NATIVE), best
 
     (found_q, found_w), found_scores, best = run(*(to_jax(a[None]) for a in (x, qr, q, w, k)), keys)
     seen = em.visible(TOKENS, 4)

@@ -2,7 +2,8 @@
 
 Everything is addressed by absolute position: rings hold position p in slot p mod size, lists hold entry i (tokens
 i * ratio and on) in place i. A ring holds SPARE positions more than are looked back at, and an entry counts only while
-its last token lies below `length`; so rolling back k <= SPARE tokens is `length - k` and nothing else. DeepSeek's own
+its last token lies below `length`; so rolling back k <= SPARE tokens is `length - k` and nothing else. A sequence must
+not be taken back by more than SPARE from the furthest position it ever wrote, in however many steps. DeepSeek's own
 code shifts and accumulates its compressor's state instead, which cannot be rolled back (spec V4 2.4, 9.23).
 """
 
@@ -19,12 +20,12 @@ import numpy as np
 from jax import export, lax
 from jaxtyping import Array, Bool, Int32, Shaped
 
-from dsjax.cache.rows import RowFormat
 from dsjax.cache.v3 import SPARE, round_capacity
 from dsjax.config import V4Config
 from dsjax.config.v4 import CSA, HCA
 from dsjax.errors import InputError
 from dsjax.numerics import Numerics
+from quant.rows import RowFormat
 
 ENTRY_BLOCK = 256
 """Compressed entries that attention reads at a time, at most."""
@@ -87,6 +88,10 @@ class V4Cache:
     hca: Compressed | None
     length: Any
     capacity: int
+
+    def compressed(self, ratio: int) -> Compressed | None:
+        """Of the layers with this ratio."""
+        return {CSA: self.csa, HCA: self.hca}.get(ratio)
 
 
 def kv_format(config: V4Config, numerics: Numerics) -> RowFormat:
@@ -186,6 +191,11 @@ def _scatter(array: Rows, layer: Any, places: jax.Array, valid: jax.Array, rows:
     return array.at[layer, slots, where].set(rows.astype(array.dtype), mode="drop", unique_indices=True)
 
 
+def zero_unless(counts: Bool[Array, "*batch"], rows: Shaped[Array, "*batch width"]) -> Shaped[Array, "*batch width"]:
+    """Rows that do not count as zeros: a masked key's probability is zero, but zero times a stale NaN is NaN."""
+    return jnp.where(counts[..., None], rows, jnp.zeros((), rows.dtype))
+
+
 def read_entries(
     entries: Rows, layer: Any, block: Any, size: int, count: Int32[Array, " B"]
 ) -> Shaped[Array, "B size width"]:
@@ -195,22 +205,25 @@ def read_entries(
     """
     _, batch, _, width = entries.shape
     rows = lax.dynamic_slice(entries, (layer, 0, block * size, 0), (1, batch, size, width))[0]
-    numbers = block * size + jnp.arange(size)
-    return jnp.where((numbers < count[:, None])[..., None], rows, jnp.zeros((), rows.dtype))
+    return zero_unless(block * size + jnp.arange(size) < count[:, None], rows)
 
 
 def gather_entries(entries: Rows, layer: Any, chosen: Int32[Array, "B T k"]) -> Shaped[Array, "B T k width"]:
     """Entries of one layer by number, each below the number of places; zero where negative."""
     slots = jnp.arange(chosen.shape[0])[:, None, None]
     rows = entries.at[layer, slots, jnp.maximum(chosen, 0)].get(mode="promise_in_bounds")
-    return jnp.where((chosen >= 0)[..., None], rows, jnp.zeros((), rows.dtype))
+    return zero_unless(chosen >= 0, rows)
 
 
 # --- sequences -------------------------------------------------------------------------------------------------------
 
 
 def rollback(cache: V4Cache, tokens: Int32[Array, " B"]) -> V4Cache:
-    """Forgets the last tokens [B] of each slot, at most SPARE of them."""
+    """Forgets the last tokens [B] of each slot.
+
+    Never to more than SPARE below the furthest position that the slot ever wrote: of older ones the rings hold newer
+    rows. Drafts that are rolled back as soon as they are judged keep to that.
+    """
     return dataclasses.replace(cache, length=cache.length - tokens)
 
 

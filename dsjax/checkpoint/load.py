@@ -30,9 +30,10 @@ from dsjax.checkpoint.manifest import leaf_parts
 from dsjax.checkpoint.names import open_files
 from dsjax.checkpoint.resident import Source, fill
 from dsjax.checkpoint.safetensors import Files
-from dsjax.config import Config, V4Config, load_config
+from dsjax.config import Config, Quantization, V4Config, load_config
 from dsjax.errors import InputError
 from dsjax.params import (
+    FP8_BLOCK,
     INTEGER,
     Path,
     Row,
@@ -47,6 +48,9 @@ from dsjax.params import (
     tree_bytes,
 )
 from quant import QArray
+
+FOUND = Quantization(FP8_BLOCK, "ue8m0")
+"""How quantised files are read whose config.json says nothing of it."""
 
 STAGING_BYTES = 64 << 20
 MAX_THREADS = 8
@@ -348,6 +352,8 @@ def load(
         return _load_converted(folder, config, mtp, where, progress, in_place)
     with open_files(folder, config) as files:
         stored = agree(files, config)
+        if config.quantization is None and any(s.scales is not None for s in stored.values()):
+            config = dataclasses.replace(config, quantization=FOUND)  # V4's config may not say so
         instead = "a head that drafts blocks (DSpark)" if has_block_draft(files, config) else "none"
         mtp = _wants_mtp(folder, config, mtp, any(path[0] == "mtp" for path in stored), instead)
         rows = {r.path: r for r in table(config) if mtp or not is_mtp(r)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from dsjax.config.fields import MAX_EXPERTS, Fields, Quantization, Yarn, field_token_ids, parse_quantization, parse_yarn
 
@@ -45,6 +45,11 @@ class V3Config:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None
+
+    swiglu_limit: ClassVar[float | None] = None
+    """SwiGLU is not clamped."""
+    weights_before_down: ClassVar[bool] = False
+    """Routing weights multiply an expert's output."""
 
     @property
     def qk_head_dim(self) -> int:

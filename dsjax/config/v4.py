@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from dsjax.config.fields import (
     MAX_EXPERTS,
@@ -76,6 +76,9 @@ class V4Config:
     quantization: Quantization | None
     expert_dtype: str | None
 
+    weights_before_down: ClassVar[bool] = True
+    """Routing weights multiply what an expert's down projection takes (spec V4 2.8)."""
+
     def layers_of(self, ratio: int) -> tuple[int, ...]:
         """Numbers of the main layers with this compression ratio."""
         return tuple(i for i, r in enumerate(self.compress_ratios) if r == ratio)
@@ -102,6 +105,9 @@ def _compress_ratios(fields: Fields, layers: int) -> tuple[int, ...]:
     bad = [v for v in value if not isinstance(v, int | str) or isinstance(v, bool) or v not in known]
     if bad:
         raise Fields({name: bad[0]}, fields.where).fail(name, f"entries {', '.join(map(str, known))}")
+    draft = value[layers] if name == "compress_ratios" and layers < len(value) else 0
+    if draft != WINDOW:
+        raise Fields({name: draft}, fields.where).fail(name, f"0 for the draft module, entry {layers}")
     return tuple(known[v] for v in value[:layers])
 
 
@@ -151,6 +157,8 @@ def _rope(fields: Fields) -> tuple[float, float, Yarn | None]:
             compress.number("rope_theta", low=1.0 + 1e-6, default=160000.0),
             parse_yarn(compress),
         )
+    if nested is not None and "rope_theta" in nested.data:  # of which layers?
+        raise nested.fail("rope_theta", "it in main and compress, or beside rope_parameters")
     theta = fields.number("rope_theta", low=1.0 + 1e-6, default=10000.0)
     compress_theta = fields.number("compress_rope_theta", low=1.0 + 1e-6, default=160000.0)
     return theta, compress_theta, parse_yarn(fields.section("rope_scaling") or nested)

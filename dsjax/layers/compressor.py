@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import SHORT_STEP, Compressed, overlap, read_ring, write_entries, write_ring
 from dsjax.layers.norm import rms_norm
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import block_scaled_dot
+from quant.rows import RowFormat
 
 
 def pool(

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from dsjax.config import Config, V4Config
+from dsjax.config import Config
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_map, ungroup
@@ -96,7 +96,7 @@ class Experts(nnx.Module):
         groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
         gate, up, down = self.gate[...], self.up[...], self.down[...]
         numerics = self.numerics
-        limit = self.config.swiglu_limit if isinstance(self.config, V4Config) else None
+        limit = self.config.swiglu_limit
 
         def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array | None = None) -> jax.Array:
             def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
@@ -108,7 +108,7 @@ class Experts(nnx.Module):
 
         operand = numerics.operand(x, gate)
         at_once = experts_at_once(groups, (gate, up, down), operand.dtype)
-        early = isinstance(self.config, V4Config)
+        early = self.config.weights_before_down
         outputs = grouped_map(expert, operand, groups, at_once, weights if early else None)
         picked = ungroup(outputs, groups).astype(jnp.float32)
         # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
@@ -129,8 +129,7 @@ class MoE(nnx.Module):
     def __init__(self, config: Config, numerics: Numerics, params: Tree) -> None:
         self.numerics = numerics
         self.router = nnx.Param(params["router"]["weight"])
-        limit = config.swiglu_limit if isinstance(config, V4Config) else None
-        self.shared = SwiGLU(numerics, params["shared"], limit)
+        self.shared = SwiGLU(numerics, params["shared"], config.swiglu_limit)
         self.experts = Experts(config, numerics, params["experts"])
 
     def __call__(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import INDEX_BLOCK, Rows, entry_block, read_entries
 from dsjax.numerics import Numerics
+from quant.rows import RowFormat
 
 
 def index_scores(

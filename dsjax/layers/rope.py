@@ -6,10 +6,13 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from dsjax.config import V3Config, Yarn
 from dsjax.config.v3 import yarn_magnitude
+from dsjax.numerics import Numerics
+from quant import bfloat16_bits, bfloat16_of_bits
 
 
 def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarray:
@@ -78,7 +81,13 @@ def rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float32[Array, "B T *
     return turned.reshape(x.shape)
 
 
-def rope_tail(x: Float[Array, "B T *H U"], table: RopeTable) -> Float32[Array, "B T *H U"]:
-    """Rotates the last channels of vectors laid out [nope | rope], as many as the table has (spec V4 2.0)."""
+def rope_tail(x: Float[Array, "B T *H U"], table: RopeTable, numerics: Numerics) -> Float[Array, "B T *H U"]:
+    """Rotates the last channels of vectors laid out [nope | rope], as many as the table has (spec V4 2.0).
+
+    Args:
+      x: in the activation dtype, in which it stays; channels that are not rotated keep every bit.
+      table: from `rope_table`.
+    """
     nope = x.shape[-1] - 2 * table[0].shape[-1]
-    return jnp.concatenate([x[..., :nope].astype(jnp.float32), rope(x[..., nope:], table)], axis=-1)
+    tail = bfloat16_bits(numerics.round(rope(x[..., nope:], table)))
+    return bfloat16_of_bits(lax.dynamic_update_slice_in_dim(bfloat16_bits(x), tail, nope, axis=-1))

@@ -19,7 +19,7 @@ class Keys:
     """One source of keys, in pieces.
 
     Attributes:
-      pieces: how many: 1; an int32 []; or a bool [], for one or none.
+      pieces: how many: 1, or an int32 [].
       load: piece -> (keys, which are values too, [B, S, U] for all queries or [B, q, S, U] for each its own;
         bool [B, q, S], who is seen by whom).
     """
@@ -81,8 +81,6 @@ def sink_attention(
         if isinstance(source.pieces, int):
             assert source.pieces == 1
             return f(source.load(0), state)
-        if source.pieces.dtype == jnp.bool_:  # what a loop's iterations do not change would be computed without them
-            return lax.cond(source.pieces, lambda state: f(source.load(0), state), lambda state: state, state)
         return lax.fori_loop(0, source.pieces, lambda j, state: f(source.load(j), state), state)
 
     def measure(piece: Any, top: jax.Array) -> jax.Array:

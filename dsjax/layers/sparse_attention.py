@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
-from dsjax.cache.rows import RowFormat
 from dsjax.cache.v4 import (
+    INDEX_BLOCK,
     SHORT_STEP,
     Compressed,
     V4Cache,
@@ -28,23 +28,28 @@ from dsjax.cache.v4 import (
     read_ring,
     ring_positions,
     write_ring,
+    zero_unless,
 )
 from dsjax.config import V4Config
-from dsjax.config.v4 import CSA, HCA, WINDOW
+from dsjax.config.v4 import CSA, HCA
 from dsjax.layers.compressor import Compressor
 from dsjax.layers.indexer import lightning_indexer
 from dsjax.layers.norm import head_norm, rms_norm
-from dsjax.layers.rope import RopeTable, inverse, rope
+from dsjax.layers.rope import RopeTable, inverse, rope_tail
 from dsjax.layers.sink_attention import Keys, sink_attention
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import E2M1, batched_dot, fake_quantise, hadamard, split_rows
+from quant import E2M1, batched_dot, bfloat16_bits, bfloat16_of_bits, fake_quantise, hadamard, split_rows
+from quant.rows import INDEX_GROUP, RowFormat
 
 QUERY_BLOCK = 128
 """Queries taken together, at most."""
 
 GATHER_BYTES = 16 << 20
 """Of chosen entries, decoded, that one block of queries gathers, at most."""
+
+SCAN_BYTES = 16 << 20
+"""Of scores per head that one step of the indexer's scan makes, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,32 +80,86 @@ class Call:
         return self.start + self.valid.sum(axis=1, dtype=jnp.int32)
 
 
-WindowKeys = Callable[[jax.Array], list[Keys]]
-"""Positions of a block of queries, int32 [B, q] -> what they see of the window."""
+WindowKeys = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+"""(number of the first query, positions int32 [B, q]) -> (keys [B, S, U], bool [B, q, S], who is seen by whom)."""
 
 
-def _zero_unless(kept: Bool[Array, "B R"], rows: Shaped[Array, "B R width"]) -> Shaped[Array, "B R width"]:
-    """A masked key's probability is zero, but zero times a stale NaN is NaN."""
-    return jnp.where(kept[..., None], rows, jnp.zeros((), rows.dtype))
+def by_query_blocks(f: Callable[..., jax.Array], size: int, *arrays: jax.Array) -> jax.Array:
+    """f over blocks of at most `size` queries, one after the other.
+
+    Args:
+      f: (number of the first query, blocks [B, q, ...] of `arrays`) -> [B, q, ...].
+      arrays: [B, T, ...] each, padded with zeros where T is no multiple of a block.
+
+    Returns:
+      [B, T, ...].
+    """
+    t = arrays[0].shape[1]
+    if t <= size:
+        return f(0, *arrays)
+    count = -(-t // size)
+    padded = [jnp.pad(a, [(0, 0), (0, count * size - t)] + [(0, 0)] * (a.ndim - 2)) for a in arrays]
+
+    def block(_: None, first: Any) -> tuple[None, jax.Array]:
+        return None, bfloat16_bits(f(first, *(lax.dynamic_slice_in_dim(a, first, size, axis=1) for a in padded)))
+
+    out = jnp.moveaxis(lax.scan(block, None, jnp.arange(0, count * size, size, dtype=jnp.int32))[1], 0, 1)
+    return bfloat16_of_bits(out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :t])
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    """bfloat16 as uint16: XLA:CPU widens bfloat16 arrays whenever it moves them."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+def ring_keys(ring: Shaped[Array, "B R width"], row: RowFormat, window: int, call: Call) -> WindowKeys:
+    """What queries see of the window, all of it in the ring: for short steps, whose keys are there already."""
+    held = ring_positions(call.end, ring.shape[1])
+    keys = row.decode(zero_unless((held >= 0) & (held > call.start[:, None] - window), ring))
+
+    def load(_: Any, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        position = held[:, None]
+        seen = (position <= query[..., None]) & (position > query[..., None] - window) & (position >= 0)
+        return keys, seen
+
+    return load
 
 
-def _from_bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+def band_keys(
+    ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], row: RowFormat, window: int, call: Call
+) -> WindowKeys:
+    """What queries see of the window: the ring as it was before this step, and a band of the new keys."""
+    back = window - 1
+    held = ring_positions(call.start, ring.shape[1])
+    kept = (held >= 0) & (held >= call.start[:, None] - back)
+    old = row.decode(zero_unless(kept, ring))
+    # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
+    rows = jnp.pad(new, [(0, 0), (back, QUERY_BLOCK), (0, 0)])
+
+    def load(first: Any, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = back + query.shape[1]
+        band = row.decode(lax.dynamic_slice_in_dim(rows, first, size, axis=1))
+        key = call.start[:, None] + first - back + jnp.arange(size)
+        seen_old = kept[:, None] & (held[:, None] >= query[..., None] - back)
+        own = (key[:, None] <= query[..., None]) & (key[:, None] >= query[..., None] - back)
+        seen_new = own & (key >= call.start[:, None])[:, None]
+        return jnp.concatenate([old, band], axis=1), jnp.concatenate([seen_old, seen_new], axis=-1)
+
+    return load
 
 
-def _join(x: jax.Array, tail: jax.Array) -> jax.Array:
-    """x with `tail` for its last channels."""
-    at = x.shape[-1] - tail.shape[-1]
-    return _from_bits(lax.dynamic_update_slice_in_dim(_bits(x), _bits(tail), at, axis=-1))
+def grouped_output(
+    out: Float[Array, "B T H U"], o_a: Any, o_b: Any, groups: int, layer: Any, numerics: Numerics
+) -> Float[Array, "B T D"]:
+    """The low-rank projection: each group of heads by its own matrix, then all together (spec V4 2.3, step 8).
 
-
-def _pad_queries(x: jax.Array, count: int) -> jax.Array:
-    return x if x.shape[1] == count else jnp.pad(x, [(0, 0), (0, count - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    Args:
+      out: [B, T, H, U], its rotation undone.
+      o_a: stack of [G O, J U]; its input is not quantised in native.
+      o_b: stack of [D, G O].
+      groups: G, o_groups.
+      layer: index into the stacks.
+    """
+    b, t = out.shape[:2]
+    heads = jnp.moveaxis(out.reshape(b * t, groups, -1), 1, 0)
+    low = batched_dot(heads, split_rows(o_a, groups), (layer,))
+    low = numerics.round(jnp.moveaxis(low, 0, 1)).reshape(b, t, -1)
+    return numerics.linear(low, o_b, (layer,))
 
 
 class SparseAttention:
@@ -131,38 +190,34 @@ class SparseAttention:
         Returns:
           [B, T, D], and the cache with this layer's state advanced; its length is not.
         """
-        numerics, eps, index = self.numerics, self.config.rms_norm_eps, (self.layer,)
+        config, numerics, params = self.config, self.numerics, self.params
+        eps, index, window = config.rms_norm_eps, (self.layer,), config.sliding_window
         table = call.compress if self.ratio else call.main
         with jax.named_scope("queries"):
-            low = numerics.linear(x, self.params["q_a"], index)
-            low = numerics.round(rms_norm(low, self.params["q_norm"][self.layer], eps))
-            q = numerics.linear(low, self.params["q_b"], index)
-            q = q.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-            q = self._turned(head_norm(q, eps, numerics), table)
+            low = numerics.linear(x, params["q_a"], index)
+            low = numerics.round(rms_norm(low, params["q_norm"][self.layer], eps))
+            q = numerics.linear(low, params["q_b"], index)
+            q = q.reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
+            q = rope_tail(head_norm(q, eps, numerics), table, numerics)
         with jax.named_scope("keys"):
-            kv = numerics.linear(x, self.params["kv"], index)
-            kv = numerics.round(rms_norm(kv, self.params["kv_norm"][self.layer], eps))
-            new = self.kv_row.encode(self._turned(kv, table))
-            window = write_ring(cache.window, self.layer, call.positions, call.valid, new)
-            if x.shape[1] <= SHORT_STEP:  # the ring still has all that the first query looks back at
-                source = self._ring(read_ring(window, self.layer), call)
+            kv = numerics.linear(x, params["kv"], index)
+            kv = numerics.round(rms_norm(kv, params["kv_norm"][self.layer], eps))
+            new = self.kv_row.encode(rope_tail(kv, table, numerics))
+            ring = write_ring(cache.window, self.layer, call.positions, call.valid, new)
+            if x.shape[1] <= SHORT_STEP:
+                keys = ring_keys(read_ring(ring, self.layer), self.kv_row, window, call)
             else:
-                source = self._band(read_ring(cache.window, self.layer), new, call)
-            cache = dataclasses.replace(cache, window=window)
+                keys = band_keys(read_ring(cache.window, self.layer), new, self.kv_row, window, call)
+            cache = dataclasses.replace(cache, window=ring)
         if self.ratio:
             cache = self._compress(x, cache, call)
+        with jax.named_scope("indexer"):
+            chosen = self.choose(low, x, cache, call)
         with jax.named_scope("attend"):
-            out = self._attend(q, low, x, source, cache, call)
-            out = self._turned(out, inverse(table))
+            out = self._attend(q, keys, chosen, cache, call)
+            out = rope_tail(out, inverse(table), numerics)
         with jax.named_scope("output"):
-            return self._output(out), cache
-
-    def _turned(self, x: jax.Array, table: RopeTable) -> jax.Array:
-        """`rope_tail` of what is rounded already, rounded: only the tail passes through float32."""
-        nope = x.shape[-1] - self.config.qk_rope_head_dim
-        return _join(x, self.numerics.round(rope(x[..., nope:], table)))
-
-    # --- keys --------------------------------------------------------------------------------------------------------
+            return grouped_output(out, params["o_a"], params["o_b"], config.o_groups, self.layer, numerics), cache
 
     def _compress(self, x: jax.Array, cache: V4Cache, call: Call) -> V4Cache:
         """Advances this layer's compressors."""
@@ -170,7 +225,7 @@ class SparseAttention:
         table = call.entries[self.ratio]
 
         def finish(entry: jax.Array) -> jax.Array:
-            return self._turned(numerics.round(entry), table)
+            return rope_tail(numerics.round(entry), table, numerics)
 
         def advance(params: Tree, state: Compressed, row: RowFormat, finish: Any) -> Compressed:
             compressor = Compressor(params, self.ratio, row, eps, numerics, finish)
@@ -190,99 +245,69 @@ class SparseAttention:
         """The indexer's Hadamard rotation, which spreads outliers before FP4; in plain it would change no score."""
         return self.numerics.round(hadamard(x)) if self.numerics.native else x
 
-    def _ring(self, ring: Shaped[Array, "B R width"], call: Call) -> WindowKeys:
-        """What queries see of the window, all of it read from the ring: for few new tokens, already written."""
-        window = self.config.sliding_window
-        held = ring_positions(call.end, ring.shape[1])
-        keys = self.kv_row.decode(_zero_unless((held >= 0) & (held > call.start[:, None] - window), ring))
+    def _visible(self, query: Int32[Array, "B q"], entries: Any, call: Call) -> Int32[Array, "B q"]:
+        """How many entries each query sees: those whose last token it does not precede, and that are there."""
+        there = jnp.minimum(call.end // self.ratio, entries.shape[2])
+        return jnp.minimum((query + 1) // self.ratio, there[:, None])
 
-        def sources(query: jax.Array) -> list[Keys]:
-            position = held[:, None]
-            seen = (position <= query[..., None]) & (position > query[..., None] - window) & (position >= 0)
-            return [Keys(1, lambda _: (keys, seen))]
+    def index_queries(
+        self, low: Float[Array, "B T Q"], x: Float[Array, "B T D"], call: Call
+    ) -> tuple[Float[Array, "B T I X"], Float[Array, "B T I"]]:
+        """The indexer's queries and head weights (spec V4 2.5, steps 1 and 3)."""
+        config, numerics, index = self.config, self.numerics, (self.place,)
+        params = self.compressed["indexer"]
+        q = numerics.linear(low, params["q_b"], index)
+        q = q.reshape(*x.shape[:2], config.index_n_heads, config.index_head_dim)
+        q = self._rotate(rope_tail(q, call.compress, numerics))
+        if numerics.native:
+            q = fake_quantise(q, E2M1, (1, INDEX_GROUP), pow2=True).astype(jnp.bfloat16)
+        weights = numerics.linear(x, params["weights"], index).astype(jnp.float32) * config.index_scale
+        return q, numerics.round(weights)
 
-        return sources
+    def choose(
+        self, low: Float[Array, "B T Q"], x: Float[Array, "B T D"], cache: V4Cache, call: Call
+    ) -> Int32[Array, "B T k"] | None:
+        """Numbers of the entries that each query reads, -1 for none; None where all visible ones are read."""
+        config = self.config
+        if self.ratio != CSA or cache.index is None or cache.index.entries.shape[2] <= config.index_topk:
+            return None
+        keys = cache.index.entries
 
-    def _band(self, ring: Shaped[Array, "B R width"], new: Shaped[Array, "B T width"], call: Call) -> WindowKeys:
-        """What queries see of the window: the ring as it was before this step, if they look so far back, and a band of
-        the new keys."""
-        back = self.config.sliding_window - 1
-        held = ring_positions(call.start, ring.shape[1])
-        kept = (held >= 0) & (held >= call.start[:, None] - back)
-        old = self.kv_row.decode(_zero_unless(kept, ring))
-        # In front of the first new key as many as a query looks back, so that all queries' slices are equal.
-        rows = jnp.pad(new, [(0, 0), (back, QUERY_BLOCK), (0, 0)])
+        def block(_: Any, q: jax.Array, weights: jax.Array, query: jax.Array) -> jax.Array:
+            visible = self._visible(query, keys, call)
+            return lightning_indexer(
+                q, weights, keys, self.place, visible, config.index_topk, self.index_row, self.numerics
+            )
 
-        def sources(query: jax.Array) -> list[Keys]:
-            size = query.shape[1]
-            first = query[0, 0] - call.start[0]
-            band = self.kv_row.decode(lax.dynamic_slice_in_dim(rows, first, back + size, axis=1))
-            key = query[:, :1] - back + jnp.arange(back + size)
-            seen_old = kept[:, None] & (held[:, None] >= query[..., None] - back)
-            own = (key[:, None] <= query[..., None]) & (key[:, None] >= query[..., None] - back)
-            seen_new = own & (key >= call.start[:, None])[:, None]
-            return [Keys(1, lambda _: (band, seen_new)), Keys(seen_old.any(), lambda _: (old, seen_old))]
-
-        return sources
-
-    # --- attention ---------------------------------------------------------------------------------------------------
+        q, weights = self.index_queries(low, x, call)
+        size = max(1, SCAN_BYTES // (4 * x.shape[0] * config.index_n_heads * INDEX_BLOCK))
+        return by_query_blocks(block, size, q, weights, call.positions)
 
     def _attend(
-        self, q: jax.Array, low: jax.Array, x: jax.Array, window: WindowKeys, cache: V4Cache, call: Call
+        self, q: Float[Array, "B T H U"], window: WindowKeys, chosen: jax.Array | None, cache: V4Cache, call: Call
     ) -> Float[Array, "B T H U"]:
-        b, t = q.shape[:2]
-        config, numerics = self.config, self.numerics
-        state = {WINDOW: None, CSA: cache.csa, HCA: cache.hca}[self.ratio]
-        chosen_few = self.ratio == CSA and state is not None and state.entries.shape[2] > config.index_topk
-        size = QUERY_BLOCK
-        if chosen_few:
-            size = max(1, min(size, GATHER_BYTES // (b * config.index_topk * config.head_dim * 4)))
-        size = min(size, t)
-        padded = -(-t // size) * size
-        q = _pad_queries(q, padded)
-        sink = self.params["sink"][self.layer]
-        if chosen_few:
-            with jax.named_scope("indexer"):
-                index_q, weights = (_pad_queries(a, padded) for a in self._index_queries(low, x, call))
+        """Over the window and the entries, a block of queries at a time."""
+        config = self.config
+        sink, state = self.params["sink"][self.layer], cache.compressed(self.ratio)
 
-        def block(first: Any) -> jax.Array:
-            queries = lax.dynamic_slice_in_dim(q, first, size, axis=1)
-            query = call.start[:, None] + first + jnp.arange(size, dtype=jnp.int32)
-            sources = window(query)
-            if state is not None:
-                # Entries that this step completed are in the cache, beyond it nothing counts.
-                visible = jnp.minimum((query + 1) // self.ratio, (call.end // self.ratio)[:, None])
-                if chosen_few:
-                    assert cache.index is not None
-                    with jax.named_scope("indexer"):
-                        chosen = lightning_indexer(
-                            lax.dynamic_slice_in_dim(index_q, first, size, axis=1),
-                            lax.dynamic_slice_in_dim(weights, first, size, axis=1),
-                            cache.index.entries,
-                            self.place,
-                            visible,
-                            config.index_topk,
-                            self.index_row,
-                            numerics,
-                        )
+        def block(first: Any, q: jax.Array, query: jax.Array, *few: jax.Array) -> jax.Array:
+            sources = [Keys(1, lambda _: window(first, query))]
+            if state is not None and few:
+                rows = gather_entries(state.entries, self.place, few[0])
+                sources.append(Keys(1, lambda _: (self.kv_row.decode(rows), few[0] >= 0)))
+            elif state is not None:
+                sources.append(self._all_entries(state, query, call))
+            return sink_attention(q, sources, sink, config.softmax_scale, self.numerics)
 
-                    def picked(_: Any) -> tuple[jax.Array, jax.Array]:
-                        rows = gather_entries(state.entries, self.place, chosen)
-                        return self.kv_row.decode(rows), chosen >= 0
+        if chosen is None:
+            return by_query_blocks(block, QUERY_BLOCK, q, call.positions)
+        size = max(1, min(QUERY_BLOCK, GATHER_BYTES // (4 * q.shape[0] * config.index_topk * config.head_dim)))
+        return by_query_blocks(block, size, q, call.positions, chosen)
 
-                    sources.append(Keys(1, picked))
-                else:
-                    sources.append(self._all_entries(state, visible))
-            return sink_attention(queries, sources, sink, config.softmax_scale, numerics)
-
-        if padded == size:
-            return block(0)[:, :t]
-        _, out = lax.scan(lambda _, i: (None, _bits(block(i * size))), None, jnp.arange(padded // size))
-        return _from_bits(jnp.moveaxis(out, 0, 1).reshape(b, padded, *q.shape[2:])[:, :t])
-
-    def _all_entries(self, state: Compressed, visible: Int32[Array, "B q"]) -> Keys:
+    def _all_entries(self, state: Compressed, query: Int32[Array, "B q"], call: Call) -> Keys:
         """All visible entries, block by block."""
         size = entry_block(state.entries.shape[2])
+        visible = self._visible(query, state.entries, call)
         count = visible.max(axis=1)
 
         def load(j: Any) -> tuple[jax.Array, jax.Array]:
@@ -290,25 +315,3 @@ class SparseAttention:
             return keys, j * size + jnp.arange(size) < visible[..., None]
 
         return Keys((count.max() + size - 1) // size, load)
-
-    def _index_queries(self, low: jax.Array, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
-        """The indexer's queries [B, T, I, X] and head weights [B, T, I] (spec V4 2.5, steps 1 and 3)."""
-        config, numerics, index = self.config, self.numerics, (self.place,)
-        params = self.compressed["indexer"]
-        q = numerics.linear(low, params["q_b"], index)
-        q = q.reshape(*x.shape[:2], config.index_n_heads, config.index_head_dim)
-        q = self._rotate(self._turned(q, call.compress))
-        if numerics.native:
-            q = fake_quantise(q, E2M1, (1, 32), pow2=True).astype(jnp.bfloat16)
-        weights = numerics.linear(x, params["weights"], index).astype(jnp.float32) * config.index_scale
-        return q, numerics.round(weights)
-
-    def _output(self, out: Float[Array, "B T H U"]) -> Float[Array, "B T D"]:
-        """The grouped low-rank projection: each group of heads by its own matrix, then all (spec V4 2.3, step 8)."""
-        config, numerics = self.config, self.numerics
-        b, t = out.shape[:2]
-        g = config.o_groups
-        groups = jnp.moveaxis(out.reshape(b * t, g, -1), 1, 0)
-        one = batched_dot(groups, split_rows(self.params["o_a"], g), (self.layer,))
-        low = numerics.round(jnp.moveaxis(one, 0, 1)).reshape(b, t, -1)
-        return numerics.linear(low, self.params["o_b"], (self.layer,))

@@ -11,10 +11,8 @@ import jax
 from dsjax.config import Config, V4Config
 from dsjax.config.v4 import CSA
 from dsjax.params.row import INTEGER, Row, Tree
-from dsjax.params.table import FP4_BLOCK, is_mtp, leaf_shape, leaves, official_storage, scale_grid, table
-
-KV_GROUP = 64
-"""Channels of a cached V4 row that share a scale (spec V4 4.2)."""
+from dsjax.params.table import is_mtp, leaf_shape, leaves, official_storage, scale_grid, table
+from quant.rows import RowFormat
 
 
 def _stored_bytes(row: Row, config: Config) -> int:
@@ -66,23 +64,9 @@ def kv_bytes_per_token(config: Config) -> int:
     """
     if not isinstance(config, V4Config):
         return 2 * config.latent_dim * config.num_hidden_layers
-    total = Fraction(0)
-    for ratio in config.compress_ratios:
-        if ratio:
-            keys = fp4_row_bytes(config.index_head_dim) if ratio == CSA else 0
-            total += Fraction(kv_row_bytes(config) + keys, ratio)
-    return math.ceil(total)
-
-
-def kv_row_bytes(config: V4Config) -> int:
-    """Of one window position or compressed entry in native: E4M3 codes, bfloat16 rotary channels, UE8M0 scales."""
-    nope = config.head_dim - config.qk_rope_head_dim
-    return nope + 2 * config.qk_rope_head_dim + -(-nope // KV_GROUP)
-
-
-def fp4_row_bytes(channels: int) -> int:
-    """Of one indexer key in native: E2M1 codes and UE8M0 scales."""
-    return -(-channels // 2) + -(-channels // FP4_BLOCK[1])
+    entry = RowFormat("fp8", config.head_dim, config.qk_rope_head_dim).nbytes
+    key = RowFormat("fp4", config.index_head_dim).nbytes
+    return math.ceil(sum(Fraction(entry + (key if r == CSA else 0), r) for r in config.compress_ratios if r))
 
 
 def accounting(config: Config) -> dict[str, int]:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from quant import E2M1, E4M3, dequantise_rows, quantise_rows
-from quant.formats import BF16, encode
+from quant.formats import BF16, E2M1, E4M3, encode
+from quant.transforms import dequantise_rows, quantise_rows
 
 KV_GROUP = 64
 """Channels of a KV row that share a scale (spec V4 4.2)."""
