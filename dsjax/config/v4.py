@@ -105,9 +105,6 @@ def _compress_ratios(fields: Fields, layers: int) -> tuple[int, ...]:
     bad = [v for v in value if not isinstance(v, int | str) or isinstance(v, bool) or v not in known]
     if bad:
         raise Fields({name: bad[0]}, fields.where).fail(name, f"entries {', '.join(map(str, known))}")
-    draft = value[layers] if name == "compress_ratios" and layers < len(value) else 0
-    if draft != WINDOW:
-        raise Fields({name: draft}, fields.where).fail(name, f"0 for the draft module, entry {layers}")
     return tuple(known[v] for v in value[:layers])
 
 
