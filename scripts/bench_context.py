@@ -9,9 +9,11 @@ context should grow as the work that depends on it does:
     sparse          min(T / 4, index_topk) entries in each:       4 H U operations and an entry's bytes, each
     heavy           T / 128 entries in each layer with ratio 128: 4 H U operations and an entry's bytes, each
 
-(I index heads of width X, H heads of width U.) The window is the same at every length. Each length is timed at the
-capacity that just holds it and at the largest, which tells whether cost follows context or capacity. All programs are
-compiled beforehand and take turns; medians over rounds.
+(I index heads of width X, H heads of width U.) The window is the same at every length. One rate of operations is fitted
+to all lengths' growth (its geometric mean); `ratio` is measured over predicted growth. Each length is timed at the
+capacity that just holds it and at the largest, which tells whether cost follows context or capacity, and for a step
+that completes an entry of both ratios, which one step in 128 does. All programs are compiled beforehand and take turns;
+medians over rounds.
 
     .venv/bin/python scripts/bench_context.py [--numerics plain|native] [--plot FILE] [--json]
 
@@ -150,9 +152,10 @@ def measure(numerics: Numerics, contexts: tuple[int, ...], rounds: int) -> list[
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds + 1):  # the first warms up
         for tokens, step in steps.items():
-            # A token that completes entries costs more; one in four does, so look past it.
+            # Of steps that complete no entry; one in four does.
             times.setdefault(("own", tokens), []).append(min(step.seconds(tokens + i) for i in range(3)))
             times.setdefault(("largest", tokens), []).append(min(largest.seconds(tokens + i) for i in range(3)))
+            times.setdefault(("completing", tokens), []).append(min(step.seconds(tokens + 127) for _ in range(2)))
     medians = {key: statistics.median(values[1:]) for key, values in times.items()}
     base = min(contexts)
     rows = []
@@ -163,6 +166,7 @@ def measure(numerics: Numerics, contexts: tuple[int, ...], rounds: int) -> list[
                 "tokens": tokens,
                 "step_ms": 1e3 * medians["own", tokens],
                 "step_ms_at_largest_capacity": 1e3 * medians["largest", tokens],
+                "step_ms_completing_entries": 1e3 * medians["completing", tokens],
                 "growth_ms": 1e3 * (medians["own", tokens] - medians["own", base]),
                 "predicted_operations": work.operations,
                 "predicted_bytes": work.bytes,
@@ -172,24 +176,26 @@ def measure(numerics: Numerics, contexts: tuple[int, ...], rounds: int) -> list[
                 "temporary_bytes": step.temporary_bytes,
             }
         )
-    # Operations a second that the growth at the largest context implies; the others are predicted from it.
-    rate = rows[-1]["predicted_growth_operations"] / max(rows[-1]["growth_ms"], 1e-9)
+    grown = [r for r in rows if r["predicted_growth_operations"]]
+    rate = statistics.geometric_mean(r["predicted_growth_operations"] / max(r["growth_ms"], 1e-3) for r in grown)
     for row in rows:
         row["predicted_growth_ms"] = row["predicted_growth_operations"] / rate
+        row["ratio"] = row["growth_ms"] / row["predicted_growth_ms"] if row in grown else None
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     head = (
-        "| cached tokens | step, ms | in a cache for the largest, ms | growth, ms | predicted, ms | predicted MFLOP |"
-        " predicted MB read | cache, MB | temporaries, MB |"
+        "| cached tokens | step, ms | in a cache for the largest | completing entries | growth, ms | predicted | ratio |"
+        " MFLOP on the context | MB read of it | cache, MB | temporaries, MB |"
     )
-    lines = [head, "|" + "---:|" * 9]
+    lines = [head, "|" + "---:|" * 11]
     for r in rows:
         lines.append(
-            f"| {r['tokens']:,} | {r['step_ms']:.2f} | {r['step_ms_at_largest_capacity']:.2f} | {r['growth_ms']:.2f} |"
-            f" {r['predicted_growth_ms']:.2f} | {r['predicted_operations'] / 1e6:,.1f} |"
+            f"| {r['tokens']:,} | {r['step_ms']:.2f} | {r['step_ms_at_largest_capacity']:.2f} |"
+            f" {r['step_ms_completing_entries']:.2f} | {r['growth_ms']:.2f} | {r['predicted_growth_ms']:.2f} |"
+            f" {'' if r['ratio'] is None else format(r['ratio'], '.2f')} | {r['predicted_operations'] / 1e6:,.1f} |"
             f" {r['predicted_bytes'] / 1e6:,.2f} | {r['cache_bytes'] / 1e6:,.1f} | {r['temporary_bytes'] / 1e6:.2f} |"
         )
     return "\n".join(lines)
@@ -206,7 +212,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         left.plot(tokens, [r["step_ms"] for r in rows], "o-", color=f"C{i}", label=f"{name}, measured")
         base = rows[0]["step_ms"]
         predicted = [base + r["predicted_growth_ms"] for r in rows]
-        left.plot(tokens, predicted, "--", color=f"C{i}", label=f"{name}, predicted from operations")
+        left.plot(tokens, predicted, "--", color=f"C{i}", label=f"{name}, predicted")
         right.plot(tokens, [r["cache_bytes"] for r in rows], "o-", color=f"C{i}", label=name)
     for axes, title in ((left, "milliseconds a step"), (right, "bytes of cache")):
         axes.set(xscale="log", yscale="log", xlabel="cached tokens", title=title)
