@@ -150,9 +150,12 @@ def test_one_new_token_has_no_decode_step(model: Path, capsys: Capture) -> None:
 # --- soak ------------------------------------------------------------------------------------------------------------
 
 
-def test_soak(model: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "flags"), [("model", ()), ("v4_folder", ("--numerics", "native", "--dtype", "bfloat16"))]
+)
+def test_soak(fixture: str, flags: tuple[str, ...], request: pytest.FixtureRequest, capsys: Capture) -> None:
     """10 steps in passes of 3, the last one cut short."""
-    found = bench(capsys, model, "--soak", "10", "--batch", "2")["soak"]
+    found = bench(capsys, request.getfixturevalue(fixture), "--soak", "10", "--batch", "2", *flags)["soak"]
     assert (found["steps"], found["passes"]) == (10, 4)
     assert found["identical"] is True and found["passed"] is True and found["first_different_pass"] is None
     assert found["first_step_s"] > 0 and found["last_step_s"] > 0
