@@ -150,9 +150,17 @@ def test_one_new_token_has_no_decode_step(model: Path, capsys: Capture) -> None:
 # --- soak ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fixture", "flags"), [("model", ()), ("v4_folder", ("--numerics", "native", "--dtype", "bfloat16"))]
-)
+V4_FLAGS = ("--prompt-length", "12", "--numerics", "native", "--dtype", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def v4_converted(v4_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("v4") / "converted"
+    assert main(["convert", str(v4_folder), "--to", "orbax", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("fixture", "flags"), [("model", ()), ("v4_converted", V4_FLAGS)], ids=["v3", "v4"])
 def test_soak(fixture: str, flags: tuple[str, ...], request: pytest.FixtureRequest, capsys: Capture) -> None:
     """10 steps in passes of 3, the last one cut short."""
     found = bench(capsys, request.getfixturevalue(fixture), "--soak", "10", "--batch", "2", *flags)["soak"]
@@ -162,6 +170,20 @@ def test_soak(fixture: str, flags: tuple[str, ...], request: pytest.FixtureReque
     if found["rss_first_bytes"] is not None:
         assert found["rss_first_bytes"] > 1 << 20
         assert found["rss_growth_bytes"] == found["rss_last_bytes"] - found["rss_first_bytes"]
+
+
+def test_a_converted_v4_draws_the_same(v4_folder: Path, v4_converted: Path, tmp_path: Path, capsys: Capture) -> None:
+    """In native: the same ids from DeepSeek's files and from Orbax's. Shapes are those of the test above."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"ids": list(range(i, i + 12))}) + "\n" for i in (1, 200)))
+    found = []
+    for folder in (v4_folder, v4_converted):
+        capsys.readouterr()
+        command = ["generate", "--model", str(folder), "--prompts", str(prompts), "--numerics", "native", "--json"]
+        assert main([*command, "--max-new-tokens", "4", "--max-length", "16", "--batch", "2"]) == 0
+        found.append([s["output_ids"] for s in json.loads(capsys.readouterr().out)["sequences"]])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
 
 
 def test_table(model: Path, capsys: Capture) -> None:

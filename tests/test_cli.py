@@ -307,17 +307,6 @@ def test_without_a_tokenizer(capsys: Capture) -> None:
     assert capsys.readouterr().out == ",".join(map(str, sequence["output_ids"])) + "\n"
 
 
-def test_a_converted_folder_draws_the_same(v4_folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    """V4 in native: the same ids from DeepSeek's files and from Orbax's."""
-    converted = tmp_path / "converted"
-    run(capsys, "convert", v4_folder, "--to", "orbax", "--out", converted)
-    prompt = ",".join(str(i) for i in range(1, 31))  # past the window, several entries to choose from
-    arguments = ("--prompt-ids", prompt, "--max-new-tokens", 12, "--numerics", "native")
-    (original,) = generate(capsys, v4_folder, *arguments)
-    assert len(set(original["output_ids"])) > 1
-    assert generate(capsys, converted, *arguments) == [original]
-
-
 def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path: Path, capsys: Capture) -> None:
     """A vocabulary of 9000 has 8192 or fewer tokens; the rest is padding (spec V3 8)."""
     folder = synth(tmp_path / "model", vocab_size=9000)
