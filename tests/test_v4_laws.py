@@ -763,6 +763,7 @@ def test_exports(name: str) -> None:
     """A step as bytes, read back: the cache keeps its capacity and what is None in it, no bit of a result differs."""
     numerics = NATIVE if name.endswith("native") else FLOAT32
     one, cache = model(name), _random_cache(name, (131, 5), numerics)
+    cache = jax.tree.map(lambda a: a & 63 if a.dtype == jnp.uint8 else a, cache)  # no code of them is huge
     step = jax.jit(partial(v4.step, one.config, numerics))
     arguments = one.params, cache, jnp.asarray(one.tokens[:2, :1]), counts(1, 1)
     exported = export.export(step)(*arguments)
@@ -771,6 +772,7 @@ def test_exports(name: str) -> None:
     assert again.in_tree == jax.tree.structure((arguments, {})) and again.out_tree == jax.tree.structure((0, 0, cache))
     found, expected = again.call(*arguments), step(*arguments)
     after = found[2]
+    assert np.isfinite(found[0]).all()
     assert isinstance(after, V4Cache) and after.capacity == cache.capacity == 512
     assert [getattr(after, kind) is None for kind in ("csa", "index", "hca")] == [False, False, name == "csa-native"]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
