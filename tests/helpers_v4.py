@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "compress_ratios": [4, 128, 0],
         "num_hash_layers": 0,
         "sliding_window": 20,
-        "head_dim": 16,
+        "head_dim": 8,
         "qk_rope_head_dim": 4,
         "index_head_dim": 8,
         "max_position_embeddings": 1 << 20,

@@ -45,7 +45,7 @@ def test_v4_logits(name: str) -> None:
 
 def test_v4_scored_in_chunks() -> None:
     """Of the last token of a chunk the MTP module's row takes the first id of the next chunk, and its cache goes on."""
-    model, length = golden("v4-base"), 129  # a step of its own for the token after the first entry of 128
+    model, length = golden("v4-base"), 128  # the last token completes, and sees, an entry of 128
     assert model.mtp_logits is not None
     engine = Engine(model.config, model.params, FLOAT32)
     logits, drafts = engine.score(model.tokens[:, :length], mtp=True, chunk=64)

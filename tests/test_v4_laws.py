@@ -758,13 +758,11 @@ def test_scanned_equals_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["csa-native", "long"])
-def test_exports(name: str) -> None:
+def test_exports() -> None:
     """A step as bytes, read back: the cache keeps its capacity and what is None in it, no bit of a result differs."""
-    numerics = NATIVE if name.endswith("native") else FLOAT32
-    one, cache = model(name), _random_cache(name, (131, 5), numerics)
+    one, cache = model("csa-native"), _random_cache("csa-native", (131, 5), NATIVE)
     cache = jax.tree.map(lambda a: a & 63 if a.dtype == jnp.uint8 else a, cache)  # no code of them is huge
-    step = jax.jit(partial(v4.step, one.config, numerics))
+    step = jax.jit(partial(v4.step, one.config, NATIVE))
     arguments = one.params, cache, jnp.asarray(one.tokens[:2, :1]), counts(1, 1)
     exported = export.export(step)(*arguments)
     again = export.deserialize(exported.serialize())
@@ -774,7 +772,7 @@ def test_exports(name: str) -> None:
     after = found[2]
     assert np.isfinite(found[0]).all()
     assert isinstance(after, V4Cache) and after.capacity == cache.capacity == 512
-    assert [getattr(after, kind) is None for kind in ("csa", "index", "hca")] == [False, False, name == "csa-native"]
+    assert after.csa is not None and after.index is not None and after.hca is None
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
