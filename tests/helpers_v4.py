@@ -57,6 +57,16 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     # Nothing but a scan of two periods.
     "periods": {"compress_ratios": [4, 128, 4, 128, 0], "num_hash_layers": 0, "sliding_window": 128},
+    # So narrow that a million positions fit.
+    "long": {
+        "compress_ratios": [4, 128, 0],
+        "num_hash_layers": 0,
+        "sliding_window": 20,
+        "head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "index_head_dim": 8,
+        "max_position_embeddings": 1 << 20,
+    },
     # One layer each, experts by score; heads that a KV scale group divides, keys that an FP4 scale group divides.
     **{
         f"{name}-native": {

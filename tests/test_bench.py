@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import SYNTH_SETTINGS
+from helpers import SYNTH_SETTINGS, V4_SETTINGS
 
 from dsjax import bandwidth, soak
 from dsjax.checkpoint.load import load
@@ -20,6 +20,7 @@ from dsjax.config import load_config
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
 from dsjax.params import abstract_params, active_bytes
+from dsjax.synth import synth_config, synthesise
 
 Capture = pytest.CaptureFixture[str]
 SHORT = ("--prompt-length", "4", "--new-tokens", "4", "--dtype", "float32")
@@ -150,15 +151,48 @@ def test_one_new_token_has_no_decode_step(model: Path, capsys: Capture) -> None:
 # --- soak ------------------------------------------------------------------------------------------------------------
 
 
-def test_soak(model: Path, capsys: Capture) -> None:
+V4_FLAGS = ("--prompt-length", "12", "--numerics", "native", "--dtype", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def v4_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two equal layers of ratio 128 and one of 4: few to compile."""
+    folder = tmp_path_factory.mktemp("v4") / "model"
+    synthesise(folder, synth_config("deepseek-v4-pro", layers=3, settings=V4_SETTINGS), template="deepseek-v4-pro")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def v4_converted(v4_model: Path) -> Path:
+    folder = v4_model.with_name("converted")
+    assert main(["convert", str(v4_model), "--to", "orbax", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("fixture", "flags"), [("model", ()), ("v4_converted", V4_FLAGS)], ids=["v3", "v4"])
+def test_soak(fixture: str, flags: tuple[str, ...], request: pytest.FixtureRequest, capsys: Capture) -> None:
     """10 steps in passes of 3, the last one cut short."""
-    found = bench(capsys, model, "--soak", "10", "--batch", "2")["soak"]
+    found = bench(capsys, request.getfixturevalue(fixture), "--soak", "10", "--batch", "2", *flags)["soak"]
     assert (found["steps"], found["passes"]) == (10, 4)
     assert found["identical"] is True and found["passed"] is True and found["first_different_pass"] is None
     assert found["first_step_s"] > 0 and found["last_step_s"] > 0
     if found["rss_first_bytes"] is not None:
         assert found["rss_first_bytes"] > 1 << 20
         assert found["rss_growth_bytes"] == found["rss_last_bytes"] - found["rss_first_bytes"]
+
+
+def test_a_converted_v4_draws_the_same(v4_model: Path, v4_converted: Path, tmp_path: Path, capsys: Capture) -> None:
+    """In native: the same ids from DeepSeek's files and from Orbax's. Shapes are those of the test above."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"ids": list(range(i, i + 12))}) + "\n" for i in (1, 200)))
+    found = []
+    for folder in (v4_model, v4_converted):
+        capsys.readouterr()
+        command = ["generate", "--model", str(folder), "--prompts", str(prompts), "--numerics", "native", "--json"]
+        assert main([*command, "--max-new-tokens", "4", "--max-length", "16", "--batch", "2"]) == 0
+        found.append([s["output_ids"] for s in json.loads(capsys.readouterr().out)["sequences"]])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
 
 
 def test_table(model: Path, capsys: Capture) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import FLOAT32, NAMES, V4_NAMES, golden, one_shot, one_shot_draft, worst
 
+from dsjax.generate import Engine
 from dsjax.numerics import Numerics
 
 BOUND, V4_BOUND = 2e-5, 3e-5  # of the largest logit, against Hugging Face (design section 6)
@@ -40,3 +41,13 @@ def test_v4_logits(name: str) -> None:
     np.testing.assert_array_equal(cache.length, [model.tokens.shape[1]] * len(model.tokens))
     if model.mtp_logits is not None:
         assert worst(one_shot_draft(model, hidden, model.tokens, FLOAT32), model.mtp_logits) <= V4_BOUND
+
+
+def test_v4_scored_in_chunks() -> None:
+    """Of the last token of a chunk the MTP module's row takes the first id of the next chunk, and its cache goes on."""
+    model, length = golden("v4-base"), 128  # the last token completes, and sees, an entry of 128
+    assert model.mtp_logits is not None
+    engine = Engine(model.config, model.params, FLOAT32)
+    logits, drafts = engine.score(model.tokens[:, :length], mtp=True, chunk=64)
+    assert worst(logits, model.logits[:, :length]) <= V4_BOUND
+    assert worst(drafts, model.mtp_logits[:, : length - 1]) <= V4_BOUND

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.backend import compiler_options
 from dsjax.checkpoint.load import STAGING_BYTES, leaf_arrays, load_plan
 from dsjax.config import V4Config, load_config
+from dsjax.models import v4
+from dsjax.numerics import Numerics
 from dsjax.params import (
     INTEGER,
     VECTOR,
@@ -29,6 +36,7 @@ from dsjax.params import (
     table,
     tree_bytes,
 )
+from quant import reference_dot
 
 FLASH, PRO = "deepseek-v4-flash", "deepseek-v4-pro"
 
@@ -168,3 +176,61 @@ def test_traces_and_lowers_fast_and_small(name: str) -> None:
     assert schedule["prefix"] + schedule["period"] * schedule["repeats"] == layers
     for tokens in (1, 256):
         assert found["sizes"][f"{layers},{tokens}"] <= 1.01 * found["sizes"][f"7,{tokens}"], found
+
+
+# --- what XLA makes of a step ----------------------------------------------------------------------------------------
+
+SHORT, LONG = 4088, 65528  # capacities 4096 and 65536
+
+
+def _narrow() -> V4Config:
+    """Flash at its full width, a layer of each kind, the first one with hashed experts."""
+    return dataclasses.replace(config_of(FLASH), num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), num_hash_layers=1)
+
+
+@lru_cache
+def _decode(max_length: int) -> tuple[Any, int]:
+    """One token of one slot in native, compiled, its cache donated; and the cache's bytes."""
+    config = _narrow()
+    numerics = Numerics("native").for_checkpoint(config)
+    cache = jax.eval_shape(partial(v4.new_cache, config, numerics, 1, max_length))
+    assert cache.capacity == max_length + 8
+    step = jax.jit(partial(v4.step, config, numerics), donate_argnums=1)
+    new, row = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = step.lower(abstract_params(config), cache, new, row).compile(compiler_options("cpu"))
+    return compiled, tree_bytes(cache)
+
+
+def test_decode_holds_neither_cache_nor_expert() -> None:
+    """All of the cache is aliased; temporaries do not grow with it, and are less than one expert's packed codes."""
+    temporary = []
+    for max_length in (SHORT, LONG):
+        compiled, cache_bytes = _decode(max_length)
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes == cache_bytes
+        temporary.append(memory.temp_size_in_bytes)
+    print("temporary", temporary, "cache", cache_bytes)
+    assert temporary[0] == temporary[1] < 3 * 4096 * 2048 // 2
+
+
+def _whole_experts(text: str) -> list[str]:
+    """Float arrays in optimised HLO with the elements of an expert's matrix, or a stack of them, in whatever split.
+
+    Inside a loop fusion nothing is held: only its operands and results count.
+    """
+    text = re.sub(r"^%fused_computation.*?^}", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = []
+    for dtype, shape in set(re.findall(r"\b(f16|bf16|f32|f64)\[([0-9,]+)\]", text)):
+        dims = [n for n in map(int, shape.split(",")) if n > 1]
+        if math.prod(dims) % (4096 * 2048) == 0 and any(math.prod(dims[i:]) in (4096, 2048) for i in range(len(dims))):
+            found.append(f"{dtype}[{shape}]")
+    return found
+
+
+def test_no_expert_is_ever_decoded_whole() -> None:
+    """In float32 or bfloat16; one that is would be seen."""
+    assert _whole_experts(_decode(SHORT)[0].as_text()) == []
+    gate = abstract_params(_narrow())["layers"]["experts"]["gate"]
+    x = jax.ShapeDtypeStruct((1, gate.shape[-1]), jnp.float32)
+    whole = jax.jit(lambda x, w: reference_dot(x, w, (1, 5))).lower(x, gate).compile()
+    assert _whole_experts(whole.as_text())

@@ -33,6 +33,7 @@ from helpers_v4 import (
     step_of,
 )
 from hypothesis import example, given, seed, settings
+from jax import export
 
 import dsjax.models.v4 as v4_module
 from dsjax.backend import compiler_options
@@ -241,6 +242,43 @@ def test_batch_equals_alone(name: str) -> None:
         assert worst(together.logits[b], alone.logits[0]) <= BOUND
         assert worst(together.streams[b], alone.streams[0]) <= BOUND
         assert _state_error(extract(together.cache, b), extract(alone.cache, 0)) <= BOUND
+
+
+MILLION = 1 << 20
+
+
+@pytest.mark.parametrize("start", [MILLION - 130, MILLION - 20])
+def test_a_long_slot_beside_a_fresh_one(start: int) -> None:
+    """Near a million tokens and at none, NaN in all that does not count, one token at a time == each alone.
+
+    From the first start on entries of both kinds are completed; from the second one the sequence becomes full.
+    """
+    name, random = "long", np.random.default_rng(20)  # not of the day: of 262,144 scores some might be tied
+    fresh = empty(name, 1, MILLION - SPARE)
+    assert fresh.capacity == MILLION
+
+    def fill(array: jax.Array) -> jax.Array:
+        return jnp.asarray(random.standard_normal(array.shape, np.float32))
+
+    old = dataclasses.replace(jax.tree.map(fill, fresh), length=counts(start))
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=min(1, parts[0].ndim - 1)), old, fresh)
+    both = _poisoned(both)
+    # The control: what is a million tokens back counts.
+    cut = jax.tree.map(lambda a: a.at[:, :, : a.shape[2] // 2].set(0) if a.ndim == 4 and a.shape[2] > 99 else a, old)
+    step, one, largest = step_of(name), counts(1), 0.0
+    for i, tokens in enumerate(model(name).tokens[:2, :12].T):
+        *found, both = step(both, jnp.asarray(tokens)[:, None], counts(1, 1))
+        alone = [step(cache, jnp.asarray(t).reshape(1, 1), one) for cache, t in zip((old, fresh), tokens, strict=True)]
+        if i == 0:
+            assert worst(step(cut, jnp.asarray(tokens[:1])[:, None], one)[0], alone[0][0]) > 100 * BOUND
+        for value, parts in zip(found, zip(*(x[:2] for x in alone), strict=True), strict=True):
+            errors = [worst(value[b], part[0]) for b, part in enumerate(parts)]
+            assert max(errors) <= BOUND, (i, errors)
+            largest = max(largest, *errors)
+        old, fresh = (x[2] for x in alone)
+    np.testing.assert_array_equal(both.length, [start + 12, 12])
+    assert max(_state_error(extract(both, b), extract(x, 0)) for b, x in enumerate((old, fresh))) <= BOUND
+    print(start, f"{largest:.1e}")
 
 
 def _written(array: str, size: int, start: int, n: int) -> np.ndarray:
@@ -715,6 +753,28 @@ def test_scanned_equals_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     errors += [_state_error(extract(written[2], b), extract(scanned[2], b)) for b in range(2)]
     print(f"{max(errors):.1e}")
     assert max(errors) <= BOUND
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_exports() -> None:
+    """A step as bytes, read back: the cache keeps its capacity and what is None in it, no bit of a result differs."""
+    one, cache = model("csa-native"), _random_cache("csa-native", (131, 5), NATIVE)
+    cache = jax.tree.map(lambda a: a & 63 if a.dtype == jnp.uint8 else a, cache)  # no code of them is huge
+    step = jax.jit(partial(v4.step, one.config, NATIVE))
+    arguments = one.params, cache, jnp.asarray(one.tokens[:2, :1]), counts(1, 1)
+    exported = export.export(step)(*arguments)
+    again = export.deserialize(exported.serialize())
+    assert (again.in_avals, again.out_avals) == (exported.in_avals, exported.out_avals)
+    assert again.in_tree == jax.tree.structure((arguments, {})) and again.out_tree == jax.tree.structure((0, 0, cache))
+    found, expected = again.call(*arguments), step(*arguments)
+    after = found[2]
+    assert np.isfinite(found[0]).all()
+    assert isinstance(after, V4Cache) and after.capacity == cache.capacity == 512
+    assert after.csa is not None and after.index is not None and after.hca is None
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
