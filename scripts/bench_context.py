@@ -187,8 +187,8 @@ def measure(numerics: Numerics, contexts: tuple[int, ...], rounds: int) -> list[
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     head = (
-        "| cached tokens | step, ms | in a cache for the largest | completing entries | growth, ms | predicted | ratio |"
-        " MFLOP on the context | MB read of it | cache, MB | temporaries, MB |"
+        "| cached tokens | step, ms | in a cache for the largest | completing entries | growth, ms | predicted |"
+        " ratio | MFLOP on the context | MB read of it | cache, MB | temporaries, MB |"
     )
     lines = [head, "|" + "---:|" * 11]
     for r in rows:
