@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import SYNTH_SETTINGS, V4_SETTINGS
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from dsjax import bandwidth, soak
 from dsjax.checkpoint.load import load
@@ -33,6 +34,7 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     assert main(["inspect", "deepseek-v3", "--compile-cache", str(folder)]) == 0
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()  # else it stays in use
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import NAMES, SYNTH_SETTINGS, V4_SETTINGS, worst
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from test_goldens import BOUND, V4_BOUND
 
 from dsjax import bandwidth
@@ -63,6 +64,7 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert main(["inspect", "deepseek-v3", "--compile-cache", str(folder)]) == 0
     yield folder
     jax.config.update("jax_compilation_cache_dir", None)
+    reset_cache()  # else it stays in use
 
 
 @pytest.fixture(scope="session")
