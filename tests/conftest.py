@@ -33,8 +33,8 @@ def v4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MAX_MAPPINGS = 30_000
-"""Memory mappings of a process before compiled programs are dropped. A V4 program takes about 300 a layer, Linux gives a
-process 65,530, and with none left LLVM aborts."""
+"""Memory mappings of a process before compiled programs are dropped. A V4 program takes about 300 a layer; Linux gives
+a process 65,530, and with none left LLVM aborts."""
 
 
 @pytest.fixture(autouse=True)
