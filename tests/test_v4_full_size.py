@@ -201,6 +201,7 @@ def _decode(max_length: int) -> tuple[Any, int]:
     return compiled, tree_bytes(cache)
 
 
+@pytest.mark.full
 def test_decode_holds_neither_cache_nor_expert() -> None:
     """All of the cache is aliased; temporaries do not grow with it, and are less than one expert's packed codes."""
     temporary = []
@@ -227,6 +228,7 @@ def _whole_experts(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.full
 def test_no_expert_is_ever_decoded_whole() -> None:
     """In float32 or bfloat16; one that is would be seen."""
     assert _whole_experts(_decode(SHORT)[0].as_text()) == []
