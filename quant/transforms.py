@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from quant.formats import E4M3, E8M0, Format, decode, encode, encode_e8m0_ceil, exact_divide, pack
-from quant.qarray import QArray, dequantise, expand_scales
+from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 AMAX_FLOOR = 1e-4
 """DeepSeek's floor under an E4M3 group's amax: an all-zero group gets a finite scale."""
@@ -76,11 +76,8 @@ def act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> tuple[jax.Arra
     Returns:
       codes uint8 [..., K] and scales float32 [..., ceil(K/group)].
     """
-    rows = x.astype(jnp.float32)[..., None, :]
-    block = (1, group)
-    scales = _scale(_block_amax(rows, block), E4M3, pow2)
-    codes = encode(exact_divide(rows, expand_scales(scales, block, (1, x.shape[-1]))), E4M3)
-    return codes[..., 0, :], scales[..., 0, :]
+    q = quantise(x[..., None, :], E4M3, (1, group), pow2=pow2)
+    return q.codes[..., 0, :], scale_values(q.scales)[..., 0, :]
 
 
 def quantise_rows(
@@ -152,12 +149,6 @@ def hadamard(x: Float[Array, "*batch K"]) -> Float32[Array, "*batch K"]:
     return sums * jnp.float32(k**-0.5)
 
 
-def _act_quant_values(x: jax.Array, pow2: bool, group: int) -> jax.Array:
-    codes, scales = act_quant(x, pow2=pow2, group=group)
-    q = QArray(codes[..., None, :], scales[..., None, :], E4M3, (1, group))
-    return dequantise(q)[..., 0, :]
-
-
 @jax.custom_jvp
 def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
     return rounded
@@ -170,8 +161,7 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array
 
 def fake_act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> jax.Array:
     """x rounded through `act_quant`, as float32; the gradient passes straight through."""
-    stopped = lax.stop_gradient(x)
-    return _straight_through(x, _act_quant_values(stopped, pow2, group))
+    return fake_quantise(x[..., None, :], E4M3, (1, group), pow2=pow2)[..., 0, :]
 
 
 def fake_quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> jax.Array:

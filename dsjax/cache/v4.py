@@ -175,20 +175,19 @@ def write_ring(
     """
     size = ring.shape[2]
     end = jnp.max(jnp.where(valid, positions + 1, 0), axis=1, keepdims=True)
-    return _scatter(ring, layer, positions % size, valid & (positions >= end - size), rows)
+    return write_entries(ring, layer, positions % size, valid & (positions >= end - size), rows)
 
 
 def write_entries(
     entries: Rows, layer: Any, numbers: Int32[Array, "B n"], valid: Bool[Array, "B n"], rows: Shaped[Array, "B n width"]
 ) -> Rows:
-    """Puts new entries into one layer's list, in place where the array is donated; others change no bit."""
-    return _scatter(entries, layer, numbers, valid, rows)
+    """Puts new rows into the places with these numbers of one layer, in place where the array is donated.
 
-
-def _scatter(array: Rows, layer: Any, places: jax.Array, valid: jax.Array, rows: jax.Array) -> Rows:
+    Rows that are not valid change no bit.
+    """
     slots = jnp.arange(rows.shape[0])[:, None]
-    where = jnp.where(valid, places, array.shape[2])  # an index out of bounds is dropped
-    return array.at[layer, slots, where].set(rows.astype(array.dtype), mode="drop", unique_indices=True)
+    where = jnp.where(valid, numbers, entries.shape[2])  # an index out of bounds is dropped
+    return entries.at[layer, slots, where].set(rows.astype(entries.dtype), mode="drop", unique_indices=True)
 
 
 def zero_unless(counts: Bool[Array, "*batch"], rows: Shaped[Array, "*batch width"]) -> Shaped[Array, "*batch width"]:

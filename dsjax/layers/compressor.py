@@ -98,22 +98,18 @@ class Compressor:
             inputs = write_ring(state.inputs, layer, positions, valid, new)
             at = window_positions(numbers, self.ratio)
             size = inputs.shape[2]
-            if x.shape[1] <= SHORT_STEP:  # the ring still has all that these entries pool
 
-                def read() -> jax.Array:
-                    slots = jnp.arange(at.shape[0])[:, None, None]
-                    return inputs.at[layer, slots, at % size].get(mode="promise_in_bounds")
-            else:
-                rows = jnp.concatenate([read_ring(state.inputs, layer), new], axis=1)
-                since = at - start[:, None, None]
-                place = jnp.where(since < 0, at % size, size + jnp.minimum(since, x.shape[1] - 1))
-
-                def read() -> jax.Array:
-                    slots = jnp.arange(at.shape[0])[:, None, None]
-                    return rows.at[slots, place].get(mode="promise_in_bounds")
+            def windows() -> jax.Array:
+                if x.shape[1] <= SHORT_STEP:  # the ring still has all that these entries pool
+                    rows, place = read_ring(inputs, layer), at % size
+                else:
+                    rows = jnp.concatenate([read_ring(state.inputs, layer), new], axis=1)
+                    since = at - start[:, None, None]
+                    place = jnp.where(since < 0, at % size, size + jnp.minimum(since, x.shape[1] - 1))
+                return rows.at[jnp.arange(at.shape[0])[:, None, None], place].get(mode="promise_in_bounds")
 
             def entries() -> jax.Array:
-                return self.row.encode(self.finish(self._pooled(read(), at >= 0, layer)))
+                return self.row.encode(self.finish(self._pooled(windows(), at >= 0, layer)))
 
             if x.shape[1] >= self.ratio:
                 found = entries()

@@ -51,9 +51,15 @@ class Kind:
     hashed: bool
 
     @property
+    def compressor(self) -> str | None:
+        """The stack with such a layer's compressor, if it has one."""
+        return {WINDOW: None, CSA: "csa", HCA: "hca"}[self.ratio]
+
+    @property
     def stacks(self) -> tuple[str, ...]:
         """The parameter stacks that such a layer has a part in, besides that of all layers."""
-        return (*{WINDOW: (), CSA: ("csa",), HCA: ("hca",)}[self.ratio], "hashed" if self.hashed else "scored")
+        gate = "hashed" if self.hashed else "scored"
+        return (gate,) if self.compressor is None else (self.compressor, gate)
 
 
 def layer_kinds(config: V4Config) -> tuple[Kind, ...]:
@@ -133,15 +139,14 @@ class Layers(nnx.Module):
         with jax.named_scope("streams"):
             u, post, comb = hyper_connection_pre(streams, params["attention_streams"], index, config, numerics)
             x = norm(u, params["input_norm"])
-        compressed = {WINDOW: None, CSA: "csa", HCA: "hca"}[kind.ratio]
         attention = SparseAttention(
             config,
             numerics,
             params["attention"],
-            self.params[compressed] if compressed else {},
+            self.params[kind.compressor] if kind.compressor else {},
             kind.ratio,
             layer,
-            places[compressed] if compressed else None,
+            places[kind.compressor] if kind.compressor else None,
         )
         out, cache = attention(x, cache, call)
         with jax.named_scope("streams"):
