@@ -284,3 +284,11 @@ def test_config_of_another_model(model: Path, tmp_path: Path, capsys: Capture) -
 def test_bad_synth(arguments: list[str], names: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, ["synth", "deepseek-v4-flash", *arguments, "--out", tmp_path / "out"], *names)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_native_is_not_lost_with_the_config_s_word(model: Path, tmp_path: Path, capsys: Capture, weights: str) -> None:
+    """Quantised files whose config.json says nothing of it: native, held as anything else, is refused as ever."""
+    edit_json(model / "config.json", quantization_config=...)
+    native = [*generate_arguments(model), "--numerics", "native", "--weights", weights]
+    refused(capsys, native, "--numerics native", "expected FP8 weights", "held as")
