@@ -2,8 +2,8 @@
 
 Attention, dense and shared layers by *heads* (over ep x tp where they divide, else over tp) with the batch's slots over
 dp; or by *slots* (over dp x ep), heads then over tp only. Routed experts lie over ep, each cut over tp; embedding and
-head over ep x tp by vocabulary, where it divides. What is left (norms, latents, routers, indexers, compressors, streams)
-every device has.
+head over ep x tp by vocabulary, where it divides. What is left (norms, latents, routers, indexers, compressors,
+streams) every device has.
 
 V4's output projection has groups of heads. Split more ways than there are groups, neighbours share a group: either each
 keeps its heads' part of the group's matrix, and partial products are summed (`o_groups="split"`); or each keeps all of
@@ -24,7 +24,18 @@ from jax.sharding import PartitionSpec
 from dsjax.config import Config, DenseConfig, V4Config
 from dsjax.errors import InputError
 from dsjax.numerics import Numerics
-from dsjax.params import EXPERT, LINEAR, Row, Stored, Tree, abstract_params, leaves, matrix_shape, official_storage, table
+from dsjax.params import (
+    EXPERT,
+    LINEAR,
+    Row,
+    Stored,
+    Tree,
+    abstract_params,
+    leaves,
+    matrix_shape,
+    official_storage,
+    table,
+)
 from quant import WHOLE, QArray
 from quant.transforms import GROUP
 from sharding import Axes, Plan, Rules, inner_axes, mesh_axes
@@ -54,18 +65,10 @@ class Layout:
         if stored.scales is None:
             return stored
         ways = [self.rules.ways(axis) for axis in row.axes]
-        block = tuple(
-            b if b == WHOLE or parts == 1 or n // parts % b == 0 else math.gcd(b, n // parts)
-            for n, b, parts in zip(matrix_shape(row, config), stored.block, ways, strict=True)
-        )
+        sizes = zip(matrix_shape(row, config), stored.block, ways, strict=True)
+        bn, bk = (b if b == WHOLE or parts == 1 else math.gcd(b, n // parts) for n, b, parts in sizes)
+        block = (bn, bk)
         return stored if block == stored.block else dataclasses.replace(stored, finer=block)
-
-    def spec(self, row: Row, part: str, stored: Stored) -> PartitionSpec:
-        """The PartitionSpec of a leaf's "codes" or "scales"."""
-        spec = self.rules.spec(row.logical_axes)
-        if part == "scales" and stored.block[1] == WHOLE:  # one per row: with every part of it
-            return PartitionSpec(*spec[:-1], None)
-        return spec
 
     def param_specs(self, params: Tree, config: Config) -> Tree:
         """A tree like `params`, arrays or shapes, with PartitionSpecs for arrays."""
@@ -81,13 +84,11 @@ class Layout:
         spec = self.rules.spec(row.logical_axes)
         if not isinstance(leaf, QArray):
             return spec
-        scales = None
-        if leaf.scales is not None:
-            scales = PartitionSpec(*spec[:-1], None) if leaf.block[1] == WHOLE else spec
-        return dataclasses.replace(leaf, codes=spec, scales=scales)
+        scales = PartitionSpec(*spec[:-1], None) if leaf.block[1] == WHOLE else spec  # one per row: with all its parts
+        return dataclasses.replace(leaf, codes=spec, scales=None if leaf.scales is None else scales)
 
     def cache_specs(self, cache: Any) -> Any:
-        """A tree like a cache, arrays or shapes, with PartitionSpecs: split by slots, grouped queries' rows by heads."""
+        """A tree like a cache, arrays or shapes, with PartitionSpecs: by slots, grouped queries' rows by heads."""
         last = "kv_heads" if "kv_heads" in self.rules.table else "positions"
 
         def spec(a: Any) -> PartitionSpec:
@@ -158,15 +159,18 @@ def _build(config: Config, plan: Plan, attention: str, native: bool, o_groups: s
         raise ValueError(f"{heads} heads do not split {plan.tp} ways")
     of_heads = ep + tp if ways == plan.ep * plan.tp else tp
     of_groups = tuple(axis for axis in of_heads if axis not in within)
-    split = o_groups == "split"
     found: dict[str, Axes] = {
         "slots": ("dp",) if attention == "heads" else ("dp", *ep),
         "heads": of_heads,
         "experts": ep,
         "expert_ffn": tp,
+        # What routed experts give is summed over these; over ep beside, where tokens were sent to them and come back.
+        "routed": (*ep, *tp) if attention == "heads" else tp,
     }
     if isinstance(config, V4Config):
-        found |= {"o_groups": of_groups, "group_heads": within if split else (), "o_low": of_heads if split else of_groups}
+        found |= {"o_groups": of_groups, "group_heads": within, "o_low": of_heads}
+        if o_groups == "gather":
+            found |= {"group_heads": (), "o_low": of_groups}
     if isinstance(config, DenseConfig):
         found["kv_heads"] = of_groups
 

@@ -1,7 +1,7 @@
 """The one table that says what is split, and over which axes of a mesh: for placing arrays, and inside a manual body.
 
 A manual body (`jax.shard_map`) sees local shards and names its collectives by the *logical* axis that was split:
-`rules.sum(y, "heads")` adds up what devices with different heads have found. Where nothing is split the collective is
+`rules.sum("heads", y)` adds up what devices with different heads have found. Where nothing is split the collective is
 not there, so that the same body is the program of one device, and the global program that a partitioner splits.
 """
 
@@ -59,15 +59,15 @@ class Rules:
         axes = self.axes(*names)
         return lax.axis_index(axes) if axes else 0
 
-    def sum(self, x: jax.Array, *names: str) -> jax.Array:
+    def sum(self, name: str, x: jax.Array) -> jax.Array:
         """The sum of all parts' x, on every device (an all-reduce)."""
-        axes = self.axes(*names)
+        axes = self.axes(name)
         return lax.psum(x, axes) if axes else x
 
-    def part(self, x: jax.Array, *names: str, dim: int = 0) -> jax.Array:
+    def part(self, name: str, x: jax.Array, dim: int = 0) -> jax.Array:
         """This device's part of an x that all devices have."""
-        size = x.shape[dim] // self.ways(*names)
-        return x if size == x.shape[dim] else lax.dynamic_slice_in_dim(x, self.rank(*names) * size, size, axis=dim)
+        size = x.shape[dim] // self.ways(name)
+        return x if size == x.shape[dim] else lax.dynamic_slice_in_dim(x, self.rank(name) * size, size, axis=dim)
 
 
 def gather(x: jax.Array, axes: Axes, dim: int = 0) -> jax.Array:
