@@ -15,8 +15,11 @@ import jax
 from dsjax.cli import verbs
 from dsjax.cli.chat import chat
 from dsjax.errors import InputError
+from dsjax.layout import ATTENTION, DISPATCH, O_GROUPS
+from dsjax.parallel import SPMD
 from dsjax.params import WEIGHTS
 from dsjax.presets import PRESETS
+from sharding import Plan, parse_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,6 +88,24 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         help="what native holds the keys of V3.2 and V4 as; auto is fp8, as the models were trained",
     )
     _weights_flag(parser)
+    parser.add_argument("--mesh", type=_plan, metavar="dp=1,ep=4,tp=2", help="devices by axis (default: one device)")
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="heads", help="what ep splits attention by: heads, or a batch's slots"
+    )
+    parser.add_argument(
+        "--spmd", choices=SPMD, default="manual", help="who places collectives: this program, or XLA's partitioner"
+    )
+    parser.add_argument("--dispatch", choices=DISPATCH, default="auto", help="how tokens get to experts (slots only)")
+    parser.add_argument(
+        "--o-groups", choices=O_GROUPS, default="split", help="what devices that share one of V4's output groups do"
+    )
+
+
+def _plan(text: str) -> Plan:
+    try:
+        return parse_plan(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _conversation_flags(parser: argparse.ArgumentParser) -> None:
