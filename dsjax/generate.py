@@ -133,7 +133,13 @@ def sampled_step(
     with jax.named_scope("sample"):
         differ, _ = ends.vocabulary_axes(rules)
         drawn = sample(
-            logits, sampling, vocabulary, random_key, gather(sequences, differ), gather(cache.length, differ), rules
+            logits,
+            sampling,
+            vocabulary,
+            jax.random.wrap_key_data(random_key),
+            gather(sequences, differ),
+            gather(cache.length, differ),
+            rules,
         )
         return gather(drawn, tuple(a for a in rules.axes("slots") if a not in differ)), cache
 
@@ -225,7 +231,7 @@ class Engine:
             function = self._program(body, cache, [EVERYWHERE] * 4, [EVERYWHERE])
             row = jax.ShapeDtypeStruct((batch,), jnp.int32)
             new = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-            random_key = jax.eval_shape(lambda: jax.random.key(0))
+            random_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
             lowered = function.lower(self.params, cache, new, row, random_key, row)
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
@@ -278,7 +284,7 @@ class Engine:
             self.compiled(cache, width, sampling)
         timing.compile_s = time.perf_counter() - start
 
-        random_key = jax.random.key(sampling.seed)
+        random_key = np.asarray(jax.random.key_data(jax.random.key(sampling.seed)))  # every process has the same
         sequences = np.arange(first_sequence, first_sequence + batch, dtype=np.int32)
         start = time.perf_counter()
         next_ids = np.zeros(batch, np.int32)

@@ -171,7 +171,7 @@ def load_onto(parallel: Parallel | None, folder: Path | str, **options: Any) -> 
 
 def to_host(array: jax.Array) -> np.ndarray:
     """A whole array on this host, its parts fetched from other processes where they are there."""
-    if array.is_fully_addressable:
+    if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
