@@ -34,7 +34,7 @@ class Link:
     latency: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Chip:
     """One card's figures; None for those that no source gives.
 
@@ -115,7 +115,9 @@ class _Reader:
             raise self.fail(name, expected, value)
         if source is not None:
             if not isinstance(source, str) or source not in self.known:
-                raise self.fail(name, f"a source out of [sources] ({', '.join(self.known) or 'which has none'})", source)
+                raise self.fail(
+                    name, f"a source out of [sources] ({', '.join(self.known) or 'which has none'})", source
+                )
             self.sources[name], verified = self.known[source]
             if not verified:
                 self.unverified.append(name)
