@@ -62,16 +62,19 @@ def memory(placement: Placement, load: Load, reserve: int = RESERVE) -> dict[str
 def activation_bytes(placement: Placement, slots: int, tokens: int) -> int:
     """Of a step of `tokens` new ones in each of a card's slots: what passes between layers, and the widest sub-layer.
 
-    Counted as the layers are written: values in the activation dtype, sums in float32, softmax over a block of keys.
+    Counted as the layers are written, values in the activation dtype, sums in float32, softmax over a block of keys. A
+    sub-layer counts twice: compilers hold results in float32 beside what they are rounded to, and copy what they turn
+    over (on XLA:CPU a compiled step's temporary memory stays below these bounds).
     """
     c, item = placement.config, 4 if placement.numerics.dtype == "float32" else 2
     n, d = slots * tokens, c.hidden_size
     between = 3 * n * d * item  # residual, what is to be added, normalised
     if isinstance(c, V4Config):
-        between = n * d * ((2 * c.hc_mult + 2) * item + 4 * c.hc_mult)  # streams, mixed in float32; one site's input
+        between = n * d * ((2 * c.hc_mult + 2) * item + 2 * 4 * c.hc_mult)  # streams, mixed in float32; a site's input
     sums = 2 * 4 * n * d  # this card's part of a float32 sum, and the sum
-    ends = 2 * 4 * slots * gathered_slots(placement) * (c.vocab_size // placement.ways("vocab"))
-    return between + sums + max(_attention_bytes(placement, slots, tokens, item), _ffn_bytes(placement, n, item), ends)
+    ends = 4 * slots * gathered_slots(placement) * (c.vocab_size // placement.ways("vocab"))
+    widest = max(_attention_bytes(placement, slots, tokens, item), _ffn_bytes(placement, n, item), ends)
+    return between + sums + 2 * widest
 
 
 def _attention_bytes(placement: Placement, slots: int, tokens: int, item: int) -> int:
@@ -102,15 +105,18 @@ def _ffn_bytes(placement: Placement, n: int, item: int) -> int:
     shared = c.n_shared_experts * c.moe_intermediate_size // placement.ways("shared_ffn")
     group = n * (placement.ways("experts") if dispatch_axes(placement) else 1)
     # Scores of all experts, weighted sums of the chosen ones, one expert's gate and up.
-    routed = group * (3 * 4 * c.n_routed_experts + 2 * 4 * c.hidden_size) + n * c.moe_intermediate_size * (2 * item + 4)
+    one = c.moe_intermediate_size // placement.ways("expert_ffn")
+    routed = group * (3 * 4 * c.n_routed_experts + 2 * 4 * c.hidden_size) + n * one * (2 * item + 4)
     return max(n * width * (2 * item + 4), n * shared * (2 * item + 4) + routed)
 
 
 def workspace_bytes(placement: Placement, slots: int, tokens: int) -> int:
-    """Beside activations: the largest matrix that one product may decode, and rows on their way to experts and back."""
+    """Beside activations: the largest matrix, decoded for its product, and rows on their way to experts and back."""
     item = 4 if placement.numerics.dtype == "float32" else 2
     decoded = max(
-        (leaf.shape[-2] * leaf.shape[-1] * item for _, leaf in placement.leaves if isinstance(leaf, QArray)), default=0
+        leaf.shape[-2] * leaf.shape[-1] * item
+        for row, leaf in placement.leaves
+        if isinstance(leaf, QArray) and (row.path != ("embed",) or placement.config.tie_word_embeddings)
     )
     exchanged = 0
     if dispatch_axes(placement):

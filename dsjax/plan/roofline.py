@@ -77,7 +77,8 @@ def distinct_experts(here: int, ways: int, share: float) -> float:
         return float(here)
     expected, below = 0.0, 0.0
     for x in range(here):
-        below += math.comb(here, x) * share**x * (1 - share) ** (here - x)
+        ways_to_choose = math.lgamma(here + 1) - math.lgamma(x + 1) - math.lgamma(here - x + 1)
+        below += math.exp(ways_to_choose + x * math.log(share) + (here - x) * math.log1p(-share))
         expected += 1 - min(below, 1.0) ** ways
     return expected
 
