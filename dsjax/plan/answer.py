@@ -37,7 +37,7 @@ def answer(
     chosen = best(found)
     layout = chosen.placement.layout
     whole = model_bytes(model)
-    instead = [] if chosen.fits else alternatives(model, cards, load, chosen, free=plan is None and attention is None)
+    instead = [] if chosen.fits else alternatives(model, cards, load, found, free=plan is None and attention is None)
     context, batch = chosen.largest_context(), chosen.largest_batch()
     result: dict[str, Any] = {
         "model": model.name,

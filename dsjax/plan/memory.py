@@ -62,9 +62,9 @@ def memory(placement: Placement, load: Load, reserve: int = RESERVE) -> dict[str
 def activation_bytes(placement: Placement, slots: int, tokens: int) -> int:
     """Of a step of `tokens` new ones in each of a card's slots: what passes between layers, and the widest sub-layer.
 
-    Counted as the layers are written, values in the activation dtype, sums in float32, softmax over a block of keys. A
-    sub-layer counts twice: compilers hold results in float32 beside what they are rounded to, and copy what they turn
-    over (on XLA:CPU a compiled step's temporary memory stays below these bounds).
+    Counted as the layers are written: values in the activation dtype, what products give in float32, softmax over a
+    block of keys. A sub-layer counts twice, for the copies that compilers make of what they turn over: of these bounds
+    a step compiled by XLA:CPU takes a half to four fifths where tokens are many, less where they are few.
     """
     c, item = placement.config, 4 if placement.numerics.dtype == "float32" else 2
     n, d = slots * tokens, c.hidden_size
@@ -82,15 +82,17 @@ def _attention_bytes(placement: Placement, slots: int, tokens: int, item: int) -
     heads = c.num_attention_heads // placement.ways("heads")
     scores = 3 * 4 * slots * heads * min(tokens, QUERY_BLOCK) * ROW_BLOCK
     if isinstance(c, V4Config):
-        held = n * heads * c.head_dim * (2 * item + item)  # queries, rotated; outputs
+        # Queries as a product gives them, normalised and rotated; outputs.
+        held = n * heads * c.head_dim * (3 * 4 + 3 * item)
         return held + scores + 2 * GATHER_BYTES + 8 * slots * heads * min(tokens, QUERY_BLOCK) * c.head_dim
     if isinstance(c, DenseConfig):
-        return n * heads * c.head_dim * (2 * item + 8 + item) + scores
-    queries = n * heads * c.qk_head_dim * item
+        return n * heads * c.head_dim * (2 * item + 2 * 4 + item) + scores
+    queries = n * heads * c.qk_head_dim * (4 + 2 * item)
     if choose_form(tokens, c, placement.numerics) == "naive":
         keys = 2 * slots * ROW_BLOCK * heads * (c.qk_head_dim + c.v_head_dim) * item
-        return 2 * queries + keys + n * heads * c.v_head_dim * (8 + item) + scores
-    latent = n * heads * (c.latent_dim * item + c.kv_lora_rank * (8 + item))  # queries, sums, context
+        return queries + keys + n * heads * c.v_head_dim * (3 * 4 + item) + scores
+    # Queries against latents and sums of latents, each as a product gives it and rounded; the sums a loop carries.
+    latent = n * heads * (c.latent_dim * item + c.kv_lora_rank * (4 * 4 + 3 * item))
     gathered = GATHER_BYTES if c.indexer is not None else 0
     return queries + latent + n * heads * c.v_head_dim * item + scores + gathered
 

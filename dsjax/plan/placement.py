@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -171,11 +171,3 @@ class Placement:
         local = self.layout.local(shapes, self.layout.cache_specs(shapes))
         index = tree_bytes(local.index)
         return tree_bytes(local) - index, index
-
-
-def describe(placement: Placement) -> Iterator[str]:
-    """Modules with their GB, the largest first, those of less than a hundredth of the whole left out."""
-    total = sum(placement.modules.values())
-    for module, size in placement.modules.items():
-        if size * 100 >= total:
-            yield f"{module}{' replicated' if module in placement.replicated else ''} {size / 1e9:.1f}"

@@ -149,18 +149,19 @@ def best(found: list[Candidate]) -> Candidate:
 # --- what would fit instead ------------------------------------------------------------------------------------------
 
 
-def alternatives(model: Model, cards: Cards, load: Load, tried: Candidate, *, free: bool) -> list[str]:
+def alternatives(model: Model, cards: Cards, load: Load, tried: list[Candidate], *, free: bool) -> list[str]:
     """What to change, one thing at a time, so that it fits: flags, most convenient first.
 
     Args:
-      free: whether `tried` is the best of all plans; else another one may fit.
+      tried: what was compared, none of which fits.
+      free: whether those are all plans; else another one may fit.
     """
     found: list[str] = []
     if not free and (other := _fitting(model, cards, load)) is not None:
         found.append(_flags(other))
-    if (n := tried.largest_context()) > 0:
+    if (n := max(each.largest_context() for each in tried)) > 0:
         found.append(f"--context {n}")
-    if load.batch > 1 and (n := tried.largest_batch()) > 0:
+    if load.batch > 1 and (n := max(each.largest_batch() for each in tried)) > 0:
         found.append(f"--batch {n}")
     for weights in ("fp8", "int8"):
         held = dataclasses.replace(model, weights=weights)
