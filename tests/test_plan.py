@@ -203,7 +203,7 @@ def test_bytes_are_those_of_arrays_on_devices(family_name: str, mesh: str, atten
     parted = parallel(config, plan, numerics, attention=attention)
     placed = Placement(Model("tiny", config, numerics), parted.layout)
     params = placed.model.params(parted.layout)
-    shardings = parted.place(parted.param_specs(params))
+    shardings = parted.place(parted.layout.param_specs(params, config))
     arrays = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), params, shardings)
     batch = 4
     slots = placed.slots(batch) * placed.ways("slots")
@@ -512,7 +512,7 @@ def test_exchanges_are_those_of_the_step(
     body = jax.shard_map(
         partial(family(config).step, config, numerics, want="last", rules=parted.rules),
         mesh=parted.mesh,
-        in_specs=(parted.param_specs(params), parted.layout.cache_specs(cache), by_slots, by_slots),
+        in_specs=(parted.layout.param_specs(params, config), parted.layout.cache_specs(cache), by_slots, by_slots),
         out_specs=(parted.logits_spec(False), parted.hidden_spec(), parted.layout.cache_specs(cache)),
         check_vma=False,
     )

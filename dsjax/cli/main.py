@@ -17,10 +17,12 @@ from dsjax.cli.chat import chat
 from dsjax.cli.plan import plan, size
 from dsjax.errors import InputError
 from dsjax.generate import CHUNK
-from dsjax.layout import ATTENTION
+from dsjax.layout import ATTENTION, DISPATCH, O_GROUPS
+from dsjax.parallel import SPMD
 from dsjax.params import WEIGHTS
 from dsjax.plan import RESERVE, chip_names
 from dsjax.presets import PRESETS
+from sharding import Plan, parse_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,9 +92,31 @@ def _numerics_flags(parser: argparse.ArgumentParser) -> None:
     _weights_flag(parser)
 
 
+def _mesh_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", type=_plan, metavar="dp=1,ep=4,tp=2", help="devices by axis (default: one device)")
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="heads", help="what ep splits attention by: heads, or a batch's slots"
+    )
+    parser.add_argument(
+        "--spmd", choices=SPMD, default="manual", help="who places collectives: this program, or XLA's partitioner"
+    )
+    parser.add_argument("--dispatch", choices=DISPATCH, default="auto", help="how tokens get to experts (slots only)")
+    parser.add_argument(
+        "--o-groups", choices=O_GROUPS, default="split", help="what devices that share one of V4's output groups do"
+    )
+
+
+def _plan(text: str) -> Plan:
+    try:
+        return parse_plan(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
     _numerics_flags(parser)
+    _mesh_flags(parser)
 
 
 def _conversation_flags(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--context", type=_positive, default=4096, metavar="T", help="positions per sequence")
     p.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences at once")
     p.add_argument("--chunk", type=_positive, default=CHUNK, metavar="N", help="tokens per sequence in a prefill step")
-    p.add_argument("--mesh", metavar="dp=1,ep=8,tp=1", help="default: the best plan")
+    p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="default: the best plan")
     p.add_argument("--attention", choices=ATTENTION, help="default: the better one; of a given mesh, heads")
     _numerics_flags(p)
     p.set_defaults(run=plan)

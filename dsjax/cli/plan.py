@@ -9,7 +9,6 @@ from typing import Any
 from dsjax.cli.common import numerics_of, print_json
 from dsjax.errors import InputError
 from dsjax.plan import Cards, Load, answer, load_chip, load_model
-from sharding import parse_plan
 
 _UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -27,10 +26,6 @@ size.__name__ = "size like 96GB or 64GiB"
 
 def plan(options: argparse.Namespace) -> int:
     """`dsjax plan`. Status 0 whether it fits or not."""
-    try:
-        mesh = None if options.mesh is None else parse_plan(options.mesh)
-    except ValueError as e:
-        raise InputError(f"--mesh: {e}") from None
     chip = None if options.chip is None else load_chip(options.chip)
     if options.memory is None and chip is None:
         raise InputError("--memory: expected it, or --chip, which says how much a card has; found neither")
@@ -40,7 +35,7 @@ def plan(options: argparse.Namespace) -> int:
     model = load_model(options.model, numerics_of(options), options.weights)
     cards = Cards(options.cards, memory, options.reserve, chip)
     load = Load(options.context, options.batch, options.chunk)
-    result = answer(model, cards, load, mesh, options.attention)
+    result = answer(model, cards, load, options.mesh, options.attention)
     if options.json:
         print_json(result)
     else:
