@@ -159,9 +159,9 @@ def chat(options: argparse.Namespace) -> int:
     example = conversations.encode([*conversations.opening(), {"role": "user", "content": "?"}])
     check_ids(conversations.ids(example), config, "a conversation")
     stop = stop_ids(options.model, config, text)
-    config, params, many = load_model(options, config, numerics)
-    engine = Engine(config, params, numerics, conversations.text.size, many)
     max_length = min(options.max_length or _MAX_LENGTH, config.max_position_embeddings)
+    config, params, many = load_model(options, config, numerics, 1, max_length)
+    engine = Engine(config, params, numerics, conversations.text.size, many)
     session = _Session(conversations, engine, sampling, stop, max_length, options.max_new_tokens)
     session.clear()
     for line in _lines():

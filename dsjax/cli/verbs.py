@@ -116,7 +116,12 @@ def generate(options: argparse.Namespace) -> int:
     text = load_text(folder)
     prompts = read_prompts(options, text, config)
     stop = stop_ids(folder, config, text)
-    config, params, many = load_model(options, config, numerics)
+    wanted = options.max_length or max(len(p.ids) for p in prompts) + options.max_new_tokens
+    max_length = min(wanted, config.max_position_embeddings)
+    if max_length < wanted:
+        note(f"dsjax: --max-new-tokens, --max-length: the model has {max_length} positions; stopping there")
+    batch = min(options.batch, len(prompts))
+    config, params, many = load_model(options, config, numerics, batch, max_length)
     engine = Engine(config, params, numerics, text.size if text else None, many)
 
     streaming = len(prompts) == 1 and not options.json
@@ -135,10 +140,6 @@ def generate(options: argparse.Namespace) -> int:
             print(f"{separator}{token}", end="", flush=True)
             separator = ","
 
-    wanted = options.max_length or max(len(p.ids) for p in prompts) + options.max_new_tokens
-    max_length = min(wanted, config.max_position_embeddings)
-    if max_length < wanted:
-        note(f"dsjax: --max-new-tokens, --max-length: the model has {max_length} positions; stopping there")
     sequences: list[dict[str, Any]] = []
     shown: list[str | None] = []
     ttft, steps, compiled = [], [], 0.0
@@ -210,7 +211,7 @@ def score(options: argparse.Namespace) -> int:
         limit = config.max_position_embeddings
         raise InputError(f"{options.tokens}: expected rows of at most {limit} tokens, found {tokens.shape[1]}")
     mtp = options.mtp_logits is not None
-    config, params, many = load_model(options, config, numerics, mtp=mtp)
+    config, params, many = load_model(options, config, numerics, *tokens.shape, mtp=mtp)
     engine = Engine(config, params, numerics, parallel=many)
     logits, drafts = engine.score(tokens, mtp=mtp)
     with ExitStack() as stack:  # all files or none
