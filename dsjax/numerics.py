@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,10 +117,18 @@ class Numerics:
     def _quantises(self, w: jax.Array | QArray) -> bool:
         return self.native and isinstance(w, QArray) and w.format in (E4M3, E2M1)
 
-    def linear(self, x: jax.Array, w: jax.Array | QArray, index: tuple[Any, ...] = ()) -> jax.Array:
+    def linear(
+        self,
+        x: jax.Array,
+        w: jax.Array | QArray,
+        index: tuple[Any, ...] = (),
+        total: Callable[[jax.Array], jax.Array] = lambda y: y,
+    ) -> jax.Array:
         """x @ w[index].T rounded to the activation dtype; float [..., K] -> [..., N].
+
+        Where K is split, `total` adds up what devices have found, in float32, before it is rounded.
 
         In native this is DeepSeek's FP8 product (spec V3 4.3): scales are folded into the operands, which changes
         nothing beyond float32 summation order.
         """
-        return self.round(block_scaled_dot(self.operand(x, w), w, index))
+        return self.round(total(block_scaled_dot(self.operand(x, w), w, index)))

@@ -83,7 +83,7 @@ _LAYER: tuple[_Spec, ...] = (
     ("attention.kv_norm", ("U",), ("latent",), VECTOR, "attn.kv_norm.weight"),
     ("attention.sink", ("H",), ("heads",), FLOAT32, "attn.attn_sink"),
     ("attention.o_a", ("GO", "JU"), ("o_groups", "group_heads"), LINEAR, "attn.wo_a.weight"),
-    ("attention.o_b", ("D", "GO"), ("hidden", "o_groups"), LINEAR, "attn.wo_b.weight"),
+    ("attention.o_b", ("D", "GO"), ("hidden", "o_low"), LINEAR, "attn.wo_b.weight"),
     *_hyper("ffn_streams", "hc_ffn", "m", "3"),
     ("post_norm", ("D",), ("hidden",), VECTOR, "ffn_norm.weight"),
     ("router.weight", ("E", "D"), ("router", "hidden"), MATRIX, "ffn.gate.weight"),
@@ -98,7 +98,7 @@ _CSA: tuple[_Spec, ...] = (
 )
 _HCA = _compressor("compressor", "attn.compressor", "h", "U")
 _BIAS: tuple[_Spec, ...] = (("bias", ("E",), ("router",), FLOAT32, "ffn.gate.bias"),)
-_TABLE: tuple[_Spec, ...] = (("table", ("V", "k"), ("vocab", "choices"), INTEGER, "ffn.gate.tid2eid"),)
+_TABLE: tuple[_Spec, ...] = (("table", ("V", "k"), ("ids", "choices"), INTEGER, "ffn.gate.tid2eid"),)
 _MTP: tuple[_Spec, ...] = (
     ("embedding_projection", ("D", "D"), ("hidden", "mtp_input"), LINEAR, "e_proj.weight"),
     ("hidden_projection", ("D", "D"), ("hidden", "mtp_input"), LINEAR, "h_proj.weight"),
