@@ -108,11 +108,12 @@ def test_onto_another_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     before, after = make_mesh(parse_plan("ep=8")), make_mesh(parse_plan("ep=2,tp=4"))
 
     def saved(row: Row, part: str) -> NamedSharding:
-        return NamedSharding(before, partition_spec(row.logical_axes, {"experts": "ep"}))
+        return NamedSharding(before, Rules({"experts": ("ep",)}, before.shape).spec(row.logical_axes))
 
     def wanted(row: Row, part: str) -> NamedSharding:
-        rules = {"experts": "ep", "expert_ffn": "tp", "vocab": "tp"} if part == "codes" else {"experts": ("ep", "tp")}
-        return NamedSharding(after, partition_spec(row.logical_axes, rules))
+        codes = {"experts": ("ep",), "expert_ffn": ("tp",), "vocab": ("tp",)}
+        found = codes if part == "codes" else {"experts": ("ep", "tp")}
+        return NamedSharding(after, Rules(found, after.shape).spec(row.logical_axes))
 
     orbax.save(tmp_path / "O", model.folder, load(model.folder, sharding=saved)[1])
     _, params, stats = load(tmp_path / "O", sharding=wanted)

@@ -56,8 +56,8 @@ def test_make_mesh() -> None:
     assert dict(mesh.shape) == {"dp": 1, "ep": 2, "tp": 2}
     assert list(mesh.devices.reshape(-1)) == jax.devices()[:4]
     assert set(mesh.axis_types) == {AxisType.Auto}
-    with pytest.raises(ValueError, match="needs 16 devices, found 8"):
-        make_mesh(Plan(ep=8, tp=2))
+    with pytest.raises(ValueError, match="needs 32 devices, found 16"):
+        make_mesh(Plan(ep=8, tp=4))
 
 
 def test_partition_spec() -> None:

@@ -283,11 +283,12 @@ def test_conversions_equal_numpy(weights: str, v4_folder: Path, stored: Tree) ->
 def test_staged_in_place_and_sharded_are_one(weights: str, v4_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small regions and shards that cut rows, packed columns and groups."""
     one = load(v4_folder, weights=weights)[1]
-    rules = {"heads": "ep", "experts": "ep", "expert_ffn": "tp", "vocab": "tp", "shared_ffn": "tp"}
+    of_ep = dict.fromkeys(("heads", "experts"), ("ep",))
+    of_tp = dict.fromkeys(("expert_ffn", "vocab", "shared_ffn"), ("tp",))
 
     def split(mesh: Mesh, row: Row, part: str) -> NamedSharding:
         axes = row.logical_axes if part == "codes" else row.logical_axes[:1]
-        return NamedSharding(mesh, partition_spec(axes, rules))
+        return NamedSharding(mesh, Rules(of_ep | of_tp, mesh.shape).spec(axes))
 
     monkeypatch.setattr(loading, "STAGING_BYTES", 3000)
     mesh = make_mesh(parse_plan("ep=2,tp=2"))

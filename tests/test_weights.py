@@ -301,10 +301,11 @@ def test_staged_in_place_and_sharded_are_one(weights: str, monkeypatch: pytest.M
     """
     name = "v3-fp8-partial"
     one, _ = held(name, weights)
-    rules = {"hidden": "tp", "heads": "ep", "ffn": "dp", "experts": "ep", "expert_ffn": "dp", "shared_ffn": "dp"}
+    rules = {"hidden": ("tp",), **dict.fromkeys(("heads", "experts"), ("ep",))}
+    rules |= dict.fromkeys(("ffn", "expert_ffn", "shared_ffn"), ("dp",))
 
     def split(mesh: Mesh, row: Row, part: str) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(row.logical_axes, rules))
+        return NamedSharding(mesh, Rules(rules, mesh.shape).spec(row.logical_axes))
 
     longest_row = max(leaf.shape[-1] * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
     # Staged, each shape on each device is compiled: fewer of both.
