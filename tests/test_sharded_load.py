@@ -253,7 +253,7 @@ def _shapes(folder: Path, meshed: Parallel) -> tuple[Tree, Tree]:
     with open_files(folder, meshed.config) as files:
         stored = agree(files, meshed.config)
     params = abstract_params(meshed.config, stored=stored, cut=meshed.cut)
-    return params, meshed.param_specs(params)
+    return params, meshed.layout.param_specs(params, meshed.config)
 
 
 def test_new_scales_are_read_for_once(processes: Processes) -> None:

@@ -16,8 +16,7 @@ from functools import partial
 from typing import Any
 
 from dsjax.chat import Reply
-from dsjax.checkpoint.load import load
-from dsjax.cli.common import checkpoint_config, note, numerics_of, sampling_of, stop_ids
+from dsjax.cli.common import checkpoint_config, load_model, note, numerics_of, sampling_of, stop_ids
 from dsjax.cli.conversation import Conversations, LiveReply
 from dsjax.errors import InputError
 from dsjax.generate import Engine, Memory, check_ids
@@ -160,9 +159,9 @@ def chat(options: argparse.Namespace) -> int:
     example = conversations.encode([*conversations.opening(), {"role": "user", "content": "?"}])
     check_ids(conversations.ids(example), config, "a conversation")
     stop = stop_ids(options.model, config, text)
-    config, params, _ = load(options.model, weights=options.weights, progress=sys.stderr.isatty())
-    engine = Engine(config, params, numerics, conversations.text.size)
     max_length = min(options.max_length or _MAX_LENGTH, config.max_position_embeddings)
+    config, params, many = load_model(options, config, numerics, 1, max_length)
+    engine = Engine(config, params, numerics, conversations.text.size, many)
     session = _Session(conversations, engine, sampling, stop, max_length, options.max_new_tokens)
     session.clear()
     for line in _lines():
