@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
 from dsjax.numerics import Numerics
@@ -23,8 +25,14 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """What is not a result goes to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """What is not a result goes to standard error; of several processes the first speaks."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def show_progress() -> bool:
+    """Whether somebody looks at standard error; of several processes the first speaks."""
+    return sys.stderr.isatty() and jax.process_index() == 0
 
 
 def numerics_of(options: argparse.Namespace) -> Numerics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +17,7 @@ from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import open_files
-from dsjax.cli.common import checkpoint_config, note, numerics_of, print_json, sampling_of, stop_ids
+from dsjax.cli.common import checkpoint_config, note, numerics_of, print_json, sampling_of, show_progress, stop_ids
 from dsjax.cli.conversation import LiveReply, reply_text, whole_reply
 from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.cli.report import bench_table
@@ -86,7 +85,7 @@ def convert(options: argparse.Namespace) -> int:
     """`dsjax convert`."""
     check_new_folder(options.out)
     start = time.perf_counter()
-    _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=sys.stderr.isatty())
+    _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=show_progress())
     saved = orbax.save(options.out, options.model, params).nbytes
     result = {"model": str(options.out), "bytes": saved, "seconds": time.perf_counter() - start}
     if options.json:
@@ -107,7 +106,7 @@ def generate(options: argparse.Namespace) -> int:
     text = load_text(folder)
     prompts = read_prompts(options, text, config)
     stop = stop_ids(folder, config, text)
-    config, params, _ = load(folder, weights=options.weights, progress=sys.stderr.isatty())
+    config, params, _ = load(folder, weights=options.weights, progress=show_progress())
     engine = Engine(config, params, numerics, text.size if text else None)
 
     streaming = len(prompts) == 1 and not options.json
@@ -185,6 +184,7 @@ def generate(options: argparse.Namespace) -> int:
 def score(options: argparse.Namespace) -> int:
     """`dsjax score`."""
     paths = [options.logits] + ([options.mtp_logits] if options.mtp_logits else [])
+    paths = paths if jax.process_index() == 0 else []  # one process writes
     for path in paths:
         check_new_file(path)
     if len({path.resolve() for path in paths}) < len(paths):
@@ -201,7 +201,7 @@ def score(options: argparse.Namespace) -> int:
         limit = config.max_position_embeddings
         raise InputError(f"{options.tokens}: expected rows of at most {limit} tokens, found {tokens.shape[1]}")
     mtp = options.mtp_logits is not None
-    config, params, _ = load(options.model, mtp=mtp, weights=options.weights, progress=sys.stderr.isatty())
+    config, params, _ = load(options.model, mtp=mtp, weights=options.weights, progress=show_progress())
     engine = Engine(config, params, numerics)
     logits, drafts = engine.score(tokens, mtp=mtp)
     with ExitStack() as stack:  # all files or none
