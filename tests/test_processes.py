@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml  # flax needs it
 
+from dsjax.cli.main import build_parser
 from sharding import channel
 from sharding.channel import Channel, ChannelError
 from sharding.cluster import PORTS, Place, find_place
@@ -368,3 +370,18 @@ def test_launch_local_passes_the_failure_on(tmp_path: Path) -> None:
     first, *rest = result.stderr.splitlines()
     assert first.startswith("dsjax: 2 processes (flags), process 0 at 127.0.0.1:")
     assert rest and all("expected a checkpoint folder, found none" in line for line in rest), rest
+
+
+def test_the_kubernetes_manifest_names_its_own_pods() -> None:
+    """Pods are called JOBSET-REPLICATEDJOB-JOB-POD, in a domain called as the JobSet is; the counts agree."""
+    jobset = yaml.safe_load((ROOT / "scripts/jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    environ = {entry["name"]: entry["value"] for entry in container["env"]}
+    name, (port,) = jobset["metadata"]["name"], container["ports"]
+    expected = Place(f"{name}-{job['name']}-0-0.{name}", port["containerPort"], spec["completions"], 1, "Kubernetes")
+    assert find_place(environ=environ | {"JOB_COMPLETION_INDEX": "1"}) == expected
+    assert spec["parallelism"] == spec["completions"]
+    options = build_parser().parse_args(container["command"][1:])
+    assert (options.verb, options.start_timeout) == ("generate", 900)
