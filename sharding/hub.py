@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import reprlib
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -24,6 +25,9 @@ from sharding.channel import (
 )
 from sharding.cluster import Place
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 100
+
 
 @dataclasses.dataclass
 class _Member:
@@ -42,7 +46,7 @@ def _difference(facts: Mapping[str, Mapping[str, str]]) -> str | None:
         other = facts[name]
         for fact in sorted(first.keys() | other.keys()):
             if other.get(fact) != first.get(fact):
-                expected, found = (repr(f[fact]) if fact in f else "nothing" for f in (first, other))
+                expected, found = (_SHORT.repr(f[fact]) if fact in f else "nothing" for f in (first, other))
                 return f"{fact}: expected {expected}, as {names[0]} has it, found {found} on {name}"
     return None
 

@@ -18,6 +18,7 @@ import pytest
 import yaml  # flax needs it
 
 from dsjax.cli.main import build_parser
+from dsjax.cli.many import facts_of
 from sharding import channel
 from sharding.channel import Channel, ChannelError
 from sharding.cluster import PORTS, Place, find_place
@@ -358,6 +359,35 @@ def test_a_bug_shows_its_traceback_once(start: Start) -> None:
 
 
 # --- The command line and the scripts ---
+
+
+def test_facts(tmp_path: Path) -> None:
+    """What files contain counts, not where they lie; so does every flag but outputs and those that place a process."""
+    for host in ("a", "b"):
+        (tmp_path / host / "model").mkdir(parents=True)
+        (tmp_path / host / "model/config.json").write_text("{}")
+        (tmp_path / host / "model/x.safetensors").write_bytes(b"12")
+        (tmp_path / host / "ids.json").write_text("[[1, 2]]")
+
+    def facts(host: str, *flags: str) -> dict[str, str]:
+        folder = tmp_path / host
+        command = ["score", "--model", f"{folder}/model", "--tokens", f"{folder}/ids.json", "--logits", f"{folder}/out"]
+        place = ["--coordinator", "h:1", "--processes", "2", "--process-id", str("ab".index(host))]
+        return facts_of(build_parser().parse_args([*command, *place, *flags]))
+
+    def different() -> set[str]:
+        first, other = facts("a"), facts("b")
+        return {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}
+
+    assert different() == set()
+    assert facts("a") != facts("a", "--dtype", "float32")
+    (tmp_path / "b/ids.json").write_text("[[1, 3]]")
+    assert different() == {"--tokens"}
+    (tmp_path / "b/model/config.json").write_text("{ }")
+    assert different() == {"--tokens", "--model"}
+    (tmp_path / "b/model/config.json").write_text("{}")
+    (tmp_path / "b/model/x.safetensors").write_bytes(b"123")
+    assert different() == {"--tokens", "--model"}
 
 
 def test_launch_local_passes_the_failure_on(tmp_path: Path) -> None:

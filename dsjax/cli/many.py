@@ -71,7 +71,7 @@ def join(options: argparse.Namespace) -> Group | None:
         raise InputError(str(e)) from None
     guard_stdout(place.process_id == 0)
     try:
-        group.agree(_facts(options), options.start_timeout)
+        group.agree(facts_of(options), options.start_timeout)
     except ChannelError as e:
         group.fail(str(e))
     if place.process_id == 0:  # not by `note`, which asks JAX, and thereby starts it
@@ -80,7 +80,7 @@ def join(options: argparse.Namespace) -> Group | None:
     return group
 
 
-def _facts(options: argparse.Namespace) -> dict[str, str]:
+def facts_of(options: argparse.Namespace) -> dict[str, str]:
     """What has to be equal: the flags, the contents of input files (not where they lie), and our source."""
     facts = {"dsjax": _source(), "verb": options.verb}
     for name, value in vars(options).items():
