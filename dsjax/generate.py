@@ -18,11 +18,13 @@ from dsjax.cache import SPARE, V4Cache, rollback
 from dsjax.cache.rows import round_capacity
 from dsjax.config import Config
 from dsjax.errors import InputError
-from dsjax.models import family
+from dsjax.models import ends, family
 from dsjax.numerics import Numerics
+from dsjax.parallel import EVERYWHERE, Parallel, padded, to_host
 from dsjax.params import EXPERT, LINEAR, Tree, leaves
 from dsjax.sampling import Sampling, sample
 from quant import E2M1, E4M3, QArray
+from sharding import UNSPLIT, Rules, gather
 
 CHUNK = 512
 """New tokens per slot in one prefill step."""
@@ -100,7 +102,7 @@ class Memory:
         if self.cache is None or self.cache.capacity != capacity or lost:
             self.cache, self.ids, self.furthest = None, [], 0
             return 0
-        self.cache = rollback(self.cache, jnp.full(1, len(self.ids) - known, jnp.int32))
+        self.cache = rollback(self.cache, jnp.full(self.cache.length.shape, len(self.ids) - known, jnp.int32))
         del self.ids[known:]
         return known
 
@@ -116,6 +118,7 @@ def _sampled_step(
     numerics: Numerics,
     sampling: Sampling,
     vocabulary: int,
+    rules: Rules,
     params: Tree,
     cache: Any,
     tokens: jax.Array,
@@ -123,11 +126,30 @@ def _sampled_step(
     random_key: jax.Array,
     sequences: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """One step and a draw from its last logits: (int32 [B], cache)."""
-    logits, _, cache = family(config).step(config, numerics, params, cache, tokens, n_new, "last")
+    """One step and a draw from its last logits: (int32 [B], cache). All but params and cache every device has whole."""
+    tokens, n_new, sequences = (rules.part("slots", a) for a in (tokens, n_new, sequences))
+    logits, _, cache = family(config).step(config, numerics, params, cache, tokens, n_new, "last", rules)
     assert logits is not None
     with jax.named_scope("sample"):
-        return sample(logits, sampling, vocabulary, random_key, sequences, cache.length), cache
+        differ, _ = ends.vocabulary_axes(rules)
+        drawn = sample(
+            logits, sampling, vocabulary, random_key, gather(sequences, differ), gather(cache.length, differ), rules
+        )
+        return gather(drawn, tuple(a for a in rules.axes("slots") if a not in differ)), cache
+
+
+def _scored_step(config: Config, numerics: Numerics, rules: Rules, params: Tree, cache: Any, *inputs: jax.Array) -> Any:
+    """`step` with all logits; tokens and n_new are whole on every device."""
+    tokens, n_new = (rules.part("slots", a) for a in inputs)
+    return family(config).step(config, numerics, params, cache, tokens, n_new, "all", rules)
+
+
+def _scored_draft(
+    config: Config, numerics: Numerics, rules: Rules, params: Tree, cache: Any, hidden: jax.Array, *inputs: jax.Array
+) -> Any:
+    """`draft` likewise; hidden is this device's."""
+    tokens, n_new = (rules.part("slots", a) for a in inputs)
+    return family(config).draft(config, numerics, params, cache, hidden, tokens, n_new, "all", rules)
 
 
 def _check_native(config: Config, numerics: Numerics, params: Tree) -> None:
@@ -149,24 +171,47 @@ class Engine:
       config, params: from `checkpoint.load`.
       numerics: how to compute.
       vocabulary: number of ids that may be sampled; the model's by default.
+      parallel: the mesh that the parameters lie on; one device by default.
     """
 
-    def __init__(self, config: Config, params: Tree, numerics: Numerics, vocabulary: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        params: Tree,
+        numerics: Numerics,
+        vocabulary: int | None = None,
+        parallel: Parallel | None = None,
+    ) -> None:
         _check_native(config, numerics, params)
         self.config = config
         self.params = params
         self.numerics = numerics
         self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
+        self.parallel = parallel
+        self.rules = parallel.rules if parallel else UNSPLIT
         self._compiled: dict[Any, Any] = {}
         self.compiler_options = compiler_options(next(iter(jax.tree.leaves(params)[0].devices())).platform)
-        self._scoring = tuple(
-            jax.jit(partial(f, config, numerics, want="all"), donate_argnums=1, compiler_options=self.compiler_options)
-            for f in (family(config).step, family(config).draft)
-        )
 
-    def cache(self, batch: int, max_length: int) -> Any:
-        """An empty cache for `batch` slots of `max_length` tokens."""
-        return family(self.config).new_cache(self.config, self.numerics, batch, max_length)
+    def slots(self, sequences: int) -> int:
+        """Slots of a batch for that many sequences: the mesh may want more, which stay empty."""
+        return padded(sequences, self.parallel.slots) if self.parallel else sequences
+
+    def cache(self, batch: int, max_length: int, *, draft: bool = False) -> Any:
+        """An empty cache for `batch` slots of `max_length` tokens; of the draft module if asked for."""
+        make = partial(family(self.config).new_cache, self.config, self.numerics, batch, max_length, draft=draft)
+        return self.parallel.new_cache(make) if self.parallel else make()
+
+    def _program(self, body: Callable[..., Any], cache: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        """(params, cache, *inputs) -> (*outputs, cache), jitted, the cache donated.
+
+        Args:
+          inputs, outputs: PartitionSpecs on a mesh.
+        """
+        options: dict[str, Any] = {"donate_argnums": 1, "compiler_options": self.compiler_options}
+        if self.parallel is None:
+            return jax.jit(body, **options)
+        params, caches = self.parallel.param_specs(self.params), self.parallel.layout.cache_specs(cache)
+        return self.parallel.program(body, (params, caches, *inputs), (*outputs, caches), **options)
 
     def compiled(self, cache: Any, tokens: int, sampling: Sampling) -> Any:
         """The sampled step for T = `tokens`, compiled ahead for any seed; its cache argument is donated."""
@@ -174,14 +219,13 @@ class Engine:
         sampling = dataclasses.replace(sampling, seed=0)
         key = (batch, cache.capacity, tokens, sampling)
         if key not in self._compiled:
-            function = jax.jit(
-                partial(_sampled_step, self.config, self.numerics, sampling, self.vocabulary), donate_argnums=1
-            )
+            body = partial(_sampled_step, self.config, self.numerics, sampling, self.vocabulary, self.rules)
+            function = self._program(body, cache, [EVERYWHERE] * 4, [EVERYWHERE])
             row = jax.ShapeDtypeStruct((batch,), jnp.int32)
             new = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
             random_key = jax.eval_shape(lambda: jax.random.key(0))
             lowered = function.lower(self.params, cache, new, row, random_key, row)
-            self._compiled[key] = lowered.compile(self.compiler_options)
+            self._compiled[key] = lowered.compile()
         return self._compiled[key]
 
     def generate(
@@ -221,7 +265,7 @@ class Engine:
         limit = min(max_length, self.config.max_position_embeddings)
         if longest > limit:
             raise InputError(f"prompt of {longest} tokens: expected at most {limit} (--max-length)")
-        batch = len(prompts)
+        batch = self.slots(len(prompts))
         known = memory.resume(prompts[0], round_capacity(limit)) if memory is not None else 0
         cache = memory.cache if memory is not None and known else self.cache(batch, limit)
         timing = Timing()
@@ -251,7 +295,8 @@ class Engine:
         drawn: list[tuple[np.ndarray, jax.Array]] = []
         for at in range(known, longest, chunk):
             width = width_of(longest - at)
-            n_new = np.array([np.clip(len(p) - at, 0, width) for p in prompts], np.int32)
+            n_new = np.zeros(batch, np.int32)
+            n_new[: len(prompts)] = [np.clip(len(p) - at, 0, width) for p in prompts]
             tokens = np.zeros((batch, width), np.int32)
             for i, prompt in enumerate(prompts):
                 tokens[i, : n_new[i]] = prompt[at : at + width]
@@ -261,10 +306,10 @@ class Engine:
         timing.ttft_s = time.perf_counter() - start
 
         ids: list[list[int]] = [[] for _ in prompts]
-        reasons: list[str | None] = [None] * batch
+        reasons: list[str | None] = [None] * len(prompts)
         room = [min(max_new_tokens, limit - len(p)) for p in prompts]
         while True:
-            for i in range(batch):
+            for i in range(len(prompts)):
                 if reasons[i] is None:
                     if room[i] > 0 and int(next_ids[i]) in stop:
                         reasons[i] = "stop"
@@ -276,7 +321,8 @@ class Engine:
             if all(reasons):
                 break
             start = time.perf_counter()
-            active = np.array([r is None for r in reasons], np.int32)
+            active = np.zeros(batch, np.int32)
+            active[: len(prompts)] = [r is None for r in reasons]
             next_ids = np.asarray(feed(next_ids[:, None], active))
             timing.token_s.append(time.perf_counter() - start)
         return [Output(i, r or "length") for i, r in zip(ids, reasons, strict=True)], timing
@@ -300,23 +346,35 @@ class Engine:
             check_ids(row, self.config, f"row {i}")
         if length > self.config.max_position_embeddings:
             raise InputError(f"rows of {length} tokens: expected at most {self.config.max_position_embeddings}")
-        step, draft = self._scoring
-        cache = self.cache(batch, length)
-        draft_cache = (
-            family(self.config).new_cache(self.config, self.numerics, batch, length, draft=True) if mtp else None
-        )
+        slots = self.slots(batch)
+        tokens = np.pad(tokens.astype(np.int32), [(0, slots - batch), (0, 0)])
+        cache = self.cache(slots, length)
+        draft_cache = self.cache(slots, length, draft=True) if mtp else None
+        step, draft = self._scoring(cache, draft_cache)
         logits, drafts = [], []
         for at in range(0, length, chunk):
-            new = jnp.asarray(tokens[:, at : at + chunk], jnp.int32)
-            count = jnp.full(batch, new.shape[1], jnp.int32)
-            out, hidden, cache = step(self.params, cache, new, count)
-            logits.append(np.asarray(out))
-            if mtp:
-                following = jnp.asarray(tokens[:, at + 1 : at + 1 + new.shape[1]], jnp.int32)
-                n = following.shape[1]
-                if n:
-                    count = jnp.full(batch, n, jnp.int32)
-                    out, _, draft_cache = draft(self.params, draft_cache, hidden[:, :n], following, count)
-                    drafts.append(np.asarray(out))
+            new = tokens[:, at : at + chunk]
+            out, hidden, cache = step(self.params, cache, new, np.full(slots, new.shape[1], np.int32))
+            logits.append(to_host(out)[:batch])
+            following = tokens[:, at + 1 : at + 1 + new.shape[1]]
+            if mtp and following.shape[1]:
+                # The last token has none to follow it: what is drafted there is left out.
+                n_new = np.full(slots, following.shape[1], np.int32)
+                following = np.pad(following, [(0, 0), (0, new.shape[1] - following.shape[1])])
+                out, _, draft_cache = draft(self.params, draft_cache, hidden, following, n_new)
+                drafts.append(to_host(out)[:batch, : n_new[0]])
         joined = np.concatenate(drafts, axis=1) if drafts else None
         return np.concatenate(logits, axis=1), joined
+
+    def _scoring(self, cache: Any, draft_cache: Any) -> tuple[Any, Any]:
+        """The step and the draft that give all logits; the draft None without its cache."""
+        if "scoring" not in self._compiled:
+            logits = self.parallel.logits_spec(positions=True) if self.parallel else EVERYWHERE
+            hidden = self.parallel.hidden_spec() if self.parallel else EVERYWHERE
+            given = self.config, self.numerics, self.rules
+            outputs, tokens = [logits, hidden], [EVERYWHERE] * 2
+            step = self._program(partial(_scored_step, *given), cache, tokens, outputs)
+            draft = self._program(partial(_scored_draft, *given), draft_cache, [hidden, *tokens], outputs)
+            self._compiled["scoring"] = step, draft
+        found: tuple[Any, Any] = self._compiled["scoring"]
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,10 +105,18 @@ class Numerics:
             return fake_act_quant(x, pow2=self.pow2)
         return x
 
-    def linear(self, x: jax.Array, w: jax.Array | QArray, index: tuple[Any, ...] = ()) -> jax.Array:
+    def linear(
+        self,
+        x: jax.Array,
+        w: jax.Array | QArray,
+        index: tuple[Any, ...] = (),
+        total: Callable[[jax.Array], jax.Array] = lambda y: y,
+    ) -> jax.Array:
         """x @ w[index].T rounded to the activation dtype; float [..., K] -> [..., N].
+
+        Where K is split, `total` adds up what devices have found, in float32, before it is rounded.
 
         In native this is DeepSeek's FP8 product (spec V3 4.3): scales are folded into the operands, which changes
         nothing beyond float32 summation order.
         """
-        return self.round(block_scaled_dot(self.operand(x, w), w, index))
+        return self.round(total(block_scaled_dot(self.operand(x, w), w, index)))

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from dsjax.errors import InputError
+from sharding import UNSPLIT, Axes, Rules, gather
 
 GREEDY_BELOW = 1e-5
 """A temperature below this takes the most likely token; dividing by it would overflow."""
@@ -47,11 +48,13 @@ def sample(
     key: jax.Array,
     sequences: Int32[Array, " B"],
     positions: Int32[Array, " B"],
+    rules: Rules = UNSPLIT,
 ) -> Int32[Array, " B"]:
-    """Draws one token per row.
+    """Draws one token per row. Where the vocabulary is split, candidates travel, not logits, and all devices that share
+    it draw the same; only `top_p` without `top_k` needs all logits everywhere.
 
     Args:
-      logits: float32 [B, V].
+      logits: float32 [B, V]; this device's part of them where "vocab" is split.
       sampling: static.
       vocabulary: ids from here on are padding and never drawn; static.
       key: jax.random.key(sampling.seed), passed as an array so that another seed compiles nothing.
@@ -61,22 +64,40 @@ def sample(
     Returns:
       int32 [B].
     """
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, logits, -jnp.inf)
+    size, axes = logits.shape[-1], rules.axes("vocab")
+    ids = jnp.broadcast_to(rules.rank("vocab") * size + jnp.arange(size, dtype=jnp.int32), logits.shape)
+    logits = jnp.where(ids < vocabulary, logits, -jnp.inf)
     if sampling.temperature < GREEDY_BELOW:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    ids = None
-    if sampling.top_p < 1 or sampling.top_k:  # only these need the tokens in order, which costs a sort
-        scaled, ids = lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))
+        return _best(logits, ids, axes)
+    top = logits.max(axis=-1, keepdims=True)
+    scaled = (logits - (lax.pmax(top, axes) if axes else top)) / sampling.temperature
+
+    def noise(width: int) -> jax.Array:
+        """The same on every device: float32 [B, width]."""
+
+        def draw(sequence: jax.Array, position: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, sequence), position), (width,))
+
+        return jax.vmap(draw)(sequences, positions)
+
+    if sampling.top_p == 1 and not sampling.top_k:
+        return _best(scaled + rules.part("vocab", noise(size * rules.ways("vocab")), dim=1), ids, axes)
+    # Only these need the tokens in order, which costs a sort.
+    most = min(sampling.top_k or vocabulary, vocabulary)
+    for part in (axes, ()) if axes else ((),):  # the best of each device, then of these
+        scaled, at = lax.top_k(scaled, min(most, scaled.shape[-1]))
+        ids = jnp.take_along_axis(ids, at, axis=-1)
+        scaled, ids = gather(scaled, part, dim=1), gather(ids, part, dim=1)
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(scaled, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
+    return _best(scaled + noise(most), ids, ())
 
-    def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, sequence), position), row)
 
-    place = jax.vmap(draw)(scaled, sequences, positions)
-    if ids is not None:
-        place = jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
-    return place.astype(jnp.int32)
+def _best(scores: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
+    """The id with the highest score, int32 [B]; of equal ones the first. Of all parts along `axes`."""
+    for part in (axes, ()) if axes else ((),):
+        at = jnp.argmax(scores, axis=-1, keepdims=True)
+        scores, ids = (gather(jnp.take_along_axis(a, at, axis=-1), part, dim=1) for a in (scores, ids))
+    return ids[:, 0]

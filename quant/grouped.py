@@ -78,10 +78,10 @@ def group_tokens(choices: Int32[Array, "T k"], experts: int, valid: Bool[Array, 
     p = t * k
     if t == 1 and size == 1:  # one token: its choices are distinct blocks as they come
         token = jnp.where(valid, 0, 1).astype(jnp.int32)
-        place = jnp.where(valid[:, None], jnp.arange(k, dtype=jnp.int32)[None], k)
+        place = jnp.where(valid[:, None] & (choices >= 0), jnp.arange(k, dtype=jnp.int32)[None], k)
         return Groups(jnp.tile(token, k), place, choices[0], jnp.where(valid[0], k, 0).astype(jnp.int32), 1)
     blocks = min(p, experts + p // size)
-    flat = jnp.where(valid[:, None], choices, experts).reshape(p)
+    flat = jnp.where(valid[:, None] & (choices >= 0), choices, experts).reshape(p)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.zeros(experts + 1, jnp.int32).at[flat].add(1)[:experts]
     per_expert = (counts + size - 1) // size

@@ -1,19 +1,18 @@
-"""Meshes and axis rules; what compiled programs move between devices. Knows no model."""
+"""Meshes, axis rules and collectives. Knows no model."""
 
-from sharding.collectives import Collective, Totals, by_scope, collectives, summary
-from sharding.mesh import AXES, Plan, make_mesh, parse_plan
-from sharding.rules import Rules, partition_spec
+from sharding.mesh import AXES, Plan, inner_axes, make_mesh, mesh_axes, parse_plan
+from sharding.rules import UNSPLIT, Axes, Rules, gather, scatter_sum
 
 __all__ = [
     "AXES",
-    "Collective",
+    "UNSPLIT",
+    "Axes",
     "Plan",
     "Rules",
-    "Totals",
-    "by_scope",
-    "collectives",
+    "gather",
+    "inner_axes",
     "make_mesh",
+    "mesh_axes",
     "parse_plan",
-    "partition_spec",
-    "summary",
+    "scatter_sum",
 ]

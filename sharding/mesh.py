@@ -1,9 +1,10 @@
-"""Mesh plans: which devices, along which axes."""
+"""Mesh plans: how many devices along which axes, and which devices these are."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -11,10 +12,13 @@ from jax.sharding import AxisType, Mesh
 AXES = ("dp", "ep", "tp")
 """Data, expert and tensor parallelism: orthogonal axes, in this order, the chattiest last."""
 
+INNER = "_in"
+"""What the name of the inner part of an axis ends in, where one is made of two: tp of tp x tp_in."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Extent of every mesh axis; 1 where an axis is absent."""
+    """Extent of every axis; 1 where an axis is absent."""
 
     dp: int = 1
     ep: int = 1
@@ -23,6 +27,9 @@ class Plan:
     @property
     def devices(self) -> int:
         return math.prod(getattr(self, axis) for axis in AXES)
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "one device"
 
 
 def parse_plan(text: str) -> Plan:
@@ -42,14 +49,62 @@ def parse_plan(text: str) -> Plan:
     return Plan(**extents)
 
 
-def make_mesh(plan: Plan) -> Mesh:
-    """The plan on the first devices, with automatic axes (the default has been Explicit since JAX 0.9).
+def mesh_axes(plan: Plan, inner: int = 1) -> dict[str, int]:
+    """Names and extents of a mesh's axes, outermost first.
+
+    Something may be split over only a part of the devices along ep x tp: `inner` neighbours then share what the others
+    do not have. The axis that this cuts becomes two, of which the inner has INNER at the end of its name.
+
+    Args:
+      inner: devices next to each other along ep x tp that are an axis, or axes, of their own.
 
     Raises:
-      ValueError: if the plan needs more devices than there are.
+      ValueError: if `inner` cannot be made of the inner parts of tp, then ep.
     """
-    devices = jax.devices()
-    if plan.devices > len(devices):
-        raise ValueError(f"mesh plan needs {plan.devices} devices, found {len(devices)}")
-    shape = tuple(getattr(plan, axis) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: plan.devices])
+    axes = {"dp": plan.dp}
+    of_tp = math.gcd(inner, plan.tp)
+    of_ep = inner // of_tp
+    if plan.ep % of_ep or (of_ep > 1 and of_tp < plan.tp):
+        raise ValueError(f"mesh plan {plan}: {inner} neighbours along ep x tp are no part of it")
+    for axis, part in (("ep", of_ep), ("tp", of_tp)):
+        extent = getattr(plan, axis)
+        axes[axis] = extent if part in (1, extent) else extent // part
+        if part not in (1, extent):
+            axes[axis + INNER] = part
+    return axes
+
+
+def inner_axes(plan: Plan, inner: int) -> tuple[str, ...]:
+    """The axes of `mesh_axes(plan, inner)` that the `inner` neighbours lie along."""
+    found: list[str] = []
+    for axis, extent in reversed(mesh_axes(plan, inner).items()):
+        if inner > 1 and extent > 1:
+            found.insert(0, axis)
+            inner //= extent
+    return tuple(found)
+
+
+def make_mesh(plan: Plan, inner: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The plan on the first devices, with automatic axes (the default has been Explicit since JAX 0.9).
+
+    Devices are in the order of their processes, so that the last axes, which talk most, lie inside a host.
+
+    Args:
+      inner: see `mesh_axes`.
+      devices: all of JAX's by default.
+
+    Raises:
+      ValueError: if the plan needs more devices than there are, or leaves a process without one.
+    """
+    found = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    if plan.devices > len(found):
+        raise ValueError(f"mesh plan {plan} needs {plan.devices} devices, found {len(found)}")
+    used = found[: plan.devices]
+    processes = {d.process_index for d in found}
+    if idle := processes - {d.process_index for d in used}:
+        raise ValueError(
+            f"mesh plan {plan}: expected one that uses devices of all {len(processes)} processes, found "
+            f"{plan.devices} devices, none of process {min(idle)}"
+        )
+    axes = mesh_axes(plan, inner)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=used)

@@ -12,8 +12,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sharding import Collective, by_scope, collectives, summary
-from sharding.collectives import first_group, scope_of
+from sharding.collectives import Collective, by_scope, collectives, first_group, scope_of, summary
 from sharding.hlo import Array, parse
 
 ROWS, WIDTH = 16, 24  # of one device's float32 array

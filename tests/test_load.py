@@ -18,7 +18,7 @@ from dsjax.checkpoint import load as loading
 from dsjax.checkpoint.load import load, split_region
 from dsjax.params import FLOAT32, VECTOR, Row, is_mtp, leaf_shape, table
 from quant import BF16, E4M3, QArray
-from sharding import make_mesh, parse_plan, partition_spec
+from sharding import Rules, make_mesh, parse_plan
 
 WIDENED = (VECTOR, FLOAT32)
 """Held in float32, whatever float the file has: Hugging Face writes V3.2's norm of index keys in bfloat16."""

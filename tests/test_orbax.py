@@ -25,7 +25,7 @@ from dsjax.cli.main import main
 from dsjax.errors import InputError
 from dsjax.params import LINEAR, Row, Tree, build_tree, leaf_shape, table
 from quant import FORMATS, INT8, WHOLE, QArray
-from sharding import make_mesh, parse_plan, partition_spec
+from sharding import Rules, make_mesh, parse_plan
 
 Capture = pytest.CaptureFixture[str]
 

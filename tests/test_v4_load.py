@@ -27,7 +27,7 @@ from dsjax.errors import InputError
 from dsjax.params import INTEGER, VECTOR, Row, Tree, abstract_params, table, tree_bytes
 from dsjax.synth import synth_config, synthesise
 from quant import BF16, E2M1, E4M3, INT8, QArray
-from sharding import make_mesh, parse_plan, partition_spec
+from sharding import Rules, make_mesh, parse_plan
 
 FP4_VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 EXPERT = "layers.1.ffn.experts.3.w2.weight"

@@ -52,7 +52,7 @@ from dsjax.params import (
 )
 from dsjax.synth import synth_config, synthesise
 from quant import BF16, E4M3, INT8, WHOLE, QArray, dequantise, quantise
-from sharding import make_mesh, parse_plan, partition_spec
+from sharding import Rules, make_mesh, parse_plan
 
 CONVERTED = ("float32", "bfloat16", "int8")
 TINY = np.float32(2.0**-126)

@@ -15,6 +15,7 @@ from dsjax.config import ExpertConfig
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_map, ungroup
+from sharding import UNSPLIT, Rules
 
 
 def swiglu(
@@ -45,21 +46,31 @@ def swiglu(
 class SwiGLU(nnx.Module):
     """down(silu(gate x) * up x): dense layers and the shared expert.
 
-    Leaves, stacked over layers: gate, up [L, F, D] and down [L, D, F] (W for F in the shared expert).
+    Leaves, stacked over layers: gate, up [L, F, D] and down [L, D, F] (W for F in the shared expert), F split as the
+    rules say for `axis`.
     """
 
-    def __init__(self, numerics: Numerics, params: Tree, limit: float | None = None) -> None:
+    def __init__(
+        self, numerics: Numerics, params: Tree, limit: float | None = None, rules: Rules = UNSPLIT, axis: str = "ffn"
+    ) -> None:
         self.numerics = numerics
         self.limit = limit
+        self.rules = rules
+        self.axis = axis
         self.gate = nnx.Param(params["gate"])
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
+    def partial_sum(self, x: Float[Array, "*batch D"], layer: Any) -> Float32[Array, "*batch D"]:
+        """[..., D] -> float32 [..., D], this device's part of the sum over F."""
+        numerics, down = self.numerics, self.down[...]
+        gate, up = (numerics.linear(x, w[...], (layer,)) for w in (self.gate, self.up))
+        inner = swiglu(gate, up, numerics, self.limit)
+        return block_scaled_dot(numerics.operand(inner, down), down, (layer,))
+
     def __call__(self, x: Float[Array, "*batch D"], layer: Any) -> Float[Array, "*batch D"]:
         """[..., D] -> [..., D]."""
-        linear = self.numerics.linear
-        gate, up = linear(x, self.gate[...], (layer,)), linear(x, self.up[...], (layer,))
-        return linear(swiglu(gate, up, self.numerics, self.limit), self.down[...], (layer,))
+        return self.numerics.round(self.rules.sum(self.axis, self.partial_sum(x, layer)))
 
 
 class Experts(nnx.Module):
@@ -92,7 +103,7 @@ class Experts(nnx.Module):
           layer: index into the stack.
         """
         tokens, k = choices.shape
-        experts = self.config.n_routed_experts
+        experts = self.gate[...].shape[-3]  # of this device
         groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
         gate, up, down = self.gate[...], self.up[...], self.down[...]
         numerics = self.numerics
@@ -123,14 +134,23 @@ Gate = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 class MoE(nnx.Module):
     """Routed experts plus the shared expert, which has weight one (spec V3 2.6, V4 2.8).
 
-    No data flows between the two until they are added, so a scheduler may run them side by side.
+    No data flows between the two until they are added, so a scheduler may run them side by side. The router is on every
+    device.
     """
 
-    def __init__(self, config: ExpertConfig, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: ExpertConfig, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.numerics = numerics
+        self.rules = rules
         self.router = nnx.Param(params["router"]["weight"])
-        self.shared = SwiGLU(numerics, params["shared"], config.swiglu_limit)
+        self.shared = SwiGLU(numerics, params["shared"], config.swiglu_limit, rules, "shared_ffn")
         self.experts = Experts(config, numerics, params["experts"])
+
+    def _routed(self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
+        """float32 [T, D], still to be summed over "routed": what this device's experts give for its tokens."""
+        here = self.experts.gate[...].shape[-3]
+        local = choices - self.rules.rank("experts") * here
+        local = jnp.where((local >= 0) & (local < here), local, -1)
+        return self.experts(x, local, weights, valid, layer)
 
     def __call__(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any, gate: Gate
@@ -140,7 +160,14 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             choices, weights = gate(block_scaled_dot(flat, self.router[...], (layer,)))
         with jax.named_scope("experts"):
-            routed = self.experts(flat, choices, weights, valid.reshape(-1), layer)
+            routed = self._routed(flat, choices, weights, valid.reshape(-1), layer)
+        numerics, rules = self.numerics, self.rules
         with jax.named_scope("shared"):
-            shared = self.shared(flat, layer).astype(jnp.float32)
-            return self.numerics.round(routed + shared).reshape(x.shape)
+            if not numerics.native and rules.axes("routed") == rules.axes("shared_ffn"):  # one sum for both
+                total = rules.sum("routed", routed + self.shared.partial_sum(flat, layer))
+            elif not numerics.native:
+                shared = rules.sum("shared_ffn", self.shared.partial_sum(flat, layer))
+                total = rules.sum("routed", routed) + shared
+            else:  # the shared expert's output is rounded by itself
+                total = rules.sum("routed", routed) + self.shared(flat, layer).astype(jnp.float32)
+            return numerics.round(total).reshape(x.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,17 +20,20 @@ from dsjax.layers.rope import rope_halves
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import block_scaled_dot
+from sharding import UNSPLIT, Rules
 
 
 class GroupedQueryAttention(nnx.Module):
     """Leaves, stacked over layers: q [HU, D], k and v [PU, D], o [D, HU]; biases q_bias, k_bias, v_bias if it has.
 
-    A cached row holds of each of the P heads its rotated key, then its value; so it is cut where heads are.
+    A cached row holds of each of the P heads its rotated key, then its value; so it is cut where heads are. With more
+    devices than key-value heads, neighbours have the same one.
     """
 
-    def __init__(self, config: DenseConfig, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: DenseConfig, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.q = nnx.Param(params["q"])
         self.k = nnx.Param(params["k"])
         self.v = nnx.Param(params["v"])
@@ -58,7 +62,8 @@ class GroupedQueryAttention(nnx.Module):
         """
         config, numerics = self.config, self.numerics
         b, t = x.shape[:2]
-        heads, width = config.num_key_value_heads, config.head_dim
+        width = config.head_dim
+        heads = self.k[...].shape[-2] // width  # of this device
         row, size, filled = row_format(config, numerics), row_block(cache.capacity), call.end
         with jax.named_scope("queries"):
             q = numerics.round(rope_halves(self._project(x, "q", layer), call.table))
@@ -81,7 +86,7 @@ class GroupedQueryAttention(nnx.Module):
             return out.reshape(b, -1, *out.shape[3:])
 
         with jax.named_scope("attend"):
-            out = numerics.round(attend(load, score, value, call, size, config.num_attention_heads, width, numerics))
+            out = numerics.round(attend(load, score, value, call, size, heads * q.shape[3], width, numerics))
         with jax.named_scope("output"):
-            out = numerics.linear(out.reshape(b, t, -1), self.o[...], (layer,))
+            out = numerics.linear(out.reshape(b, t, -1), self.o[...], (layer,), partial(self.rules.sum, "heads"))
         return out, dataclasses.replace(cache, rows=rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
 from quant.matmul import FUSED_TOKENS, TILE_BYTES
+from sharding import UNSPLIT, Rules
 
 
 def rows_of_heads(tile: jax.Array | QArray, heads: int, first: int, rows: int) -> jax.Array | QArray:
@@ -128,7 +130,7 @@ def absorbed_attention(
         def value(p: jax.Array, keys: jax.Array) -> jax.Array:
             return einsum("bhts,bsc->bhtc", p, keys[..., :c])
 
-        return attend(latents, score, value, call, block, config.num_attention_heads, c, numerics)
+        return attend(latents, score, value, call, block, query.shape[2], c, numerics)
 
     return absorbed(q_nope, q_rope, kv_b, layer, context, config, numerics)
 
@@ -191,12 +193,16 @@ def choose_form(tokens: int, config: V3Config, numerics: Numerics) -> str:
 class Attention(nnx.Module):
     """MLA. Leaves stacked over layers: kv_a, kv_norm, kv_b, o; q_a, q_norm, q_b, or q where q_lora_rank is null.
 
-    With an indexer, a query attends to the tokens it chooses, once more are there than it may choose.
+    With an indexer, a query attends to the tokens it chooses, once more are there than it may choose. Where heads are
+    split, each device has all latents and its own heads' queries; what they give is summed after the output projection.
     """
 
-    def __init__(self, config: V3Config, numerics: Numerics, params: Tree, indexer: Tree | None = None) -> None:
+    def __init__(
+        self, config: V3Config, numerics: Numerics, params: Tree, indexer: Tree | None = None, rules: Rules = UNSPLIT
+    ) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.kv_a = nnx.Param(params["kv_a"])
         self.kv_norm = nnx.Param(params["kv_norm"])
         self.kv_b = nnx.Param(params["kv_b"])
@@ -267,7 +273,8 @@ class Attention(nnx.Module):
             else:
                 out = lax.cond(filled.max() <= config.indexer.topk, dense, sparse)
         with jax.named_scope("output"):
-            return numerics.linear(out.reshape(*x.shape[:2], -1), self.o[...], (index,)), cache
+            out = out.reshape(*x.shape[:2], -1)
+            return numerics.linear(out, self.o[...], (index,), partial(self.rules.sum, "heads")), cache
 
     def _chosen(
         self,

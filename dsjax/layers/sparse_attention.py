@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import E2M1, batched_dot, fake_quantise, hadamard, split_rows
 from quant.rows import INDEX_GROUP, RowFormat
+from sharding import UNSPLIT, Rules, gather, scatter_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +111,30 @@ def band_keys(
 
 
 def grouped_output(
-    out: Float[Array, "B T H U"], o_a: Any, o_b: Any, groups: int, layer: Any, numerics: Numerics
+    out: Float[Array, "B T H U"], o_a: Any, o_b: Any, layer: Any, numerics: Numerics, rules: Rules = UNSPLIT
 ) -> Float[Array, "B T D"]:
     """The low-rank projection: each group of heads by its own matrix, then all together (spec V4 2.3, step 8).
+
+    Where devices share a group, each either has its own heads' channels of the group's matrix: partial products are
+    summed in float32 and each keeps its part of the sum, for which it has the channels of o_b. Or each has all of the
+    group's matrices: then heads are gathered first (spec V4 6.2).
 
     Args:
       out: [B, T, H, U], its rotation undone.
       o_a: stack of [G O, J U]; its input is not quantised in native.
       o_b: stack of [D, G O].
-      groups: G, o_groups.
       layer: index into the stacks.
+      rules: o_a is split over "o_groups" and "group_heads", o_b over "o_low".
     """
     b, t = out.shape[:2]
-    heads = jnp.moveaxis(out.reshape(b * t, groups, -1), 1, 0)
-    low = batched_dot(heads, split_rows(o_a, groups), (layer,))
+    here = rules.axes("o_groups", "group_heads")
+    out = gather(out, tuple(axis for axis in rules.axes("heads") if axis not in here), dim=2)
+    out = out.reshape(b * t, -1, o_a.shape[-1])
+    groups = out.shape[1]
+    low = batched_dot(jnp.moveaxis(out, 1, 0), split_rows(o_a, groups), (layer,))
+    low = scatter_sum(low, rules.axes("group_heads"), dim=2)
     low = numerics.round(jnp.moveaxis(low, 0, 1)).reshape(b, t, -1)
-    return numerics.linear(low, o_b, (layer,))
+    return numerics.linear(low, o_b, (layer,), partial(rules.sum, "o_low"))
 
 
 class SparseAttention:
@@ -136,12 +146,21 @@ class SparseAttention:
       ratio: 0, 4 or 128.
       layer: index into the stack of all layers, and into the cache's windows.
       place: index into the stack of the layers with this ratio, and into their part of the cache.
+      rules: how heads are split; keys, compressors and the indexer are not.
     """
 
     def __init__(
-        self, config: V4Config, numerics: Numerics, params: Tree, compressed: Tree, ratio: int, layer: Any, place: Any
+        self,
+        config: V4Config,
+        numerics: Numerics,
+        params: Tree,
+        compressed: Tree,
+        ratio: int,
+        layer: Any,
+        place: Any,
+        rules: Rules = UNSPLIT,
     ) -> None:
-        self.config, self.numerics = config, numerics
+        self.config, self.numerics, self.rules = config, numerics, rules
         self.params, self.compressed = params, compressed
         self.ratio, self.layer, self.place = ratio, layer, place
         self.kv_row, self.index_row = kv_format(config, numerics), index_format(config, numerics)
@@ -162,7 +181,7 @@ class SparseAttention:
             low = numerics.linear(x, params["q_a"], index)
             low = numerics.round(rms_norm(low, params["q_norm"][self.layer], eps))
             q = numerics.linear(low, params["q_b"], index)
-            q = q.reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
+            q = q.reshape(*x.shape[:2], -1, config.head_dim)
             q = rope_tail(head_norm(q, eps, numerics), table, numerics)
         with jax.named_scope("keys"):
             kv = numerics.linear(x, params["kv"], index)
@@ -182,7 +201,7 @@ class SparseAttention:
             out = self._attend(q, keys, chosen, cache, call)
             out = rope_tail(out, inverse(table), numerics)
         with jax.named_scope("output"):
-            return grouped_output(out, params["o_a"], params["o_b"], config.o_groups, self.layer, numerics), cache
+            return grouped_output(out, params["o_a"], params["o_b"], self.layer, numerics, self.rules), cache
 
     def _compress(self, x: jax.Array, cache: V4Cache, call: Call) -> V4Cache:
         """Advances this layer's compressors."""

@@ -24,6 +24,7 @@ from dsjax.layers.rope import llama3_frequencies, rope_table
 from dsjax.models import ends
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from sharding import UNSPLIT, Rules
 
 new_cache = init_cache
 
@@ -31,15 +32,16 @@ new_cache = init_cache
 class Dense(nnx.Module):
     """The model, bound to its parameters."""
 
-    def __init__(self, config: DenseConfig, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: DenseConfig, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         layers = params["layers"]
         self.embed = nnx.Param(params["embed"])
         self.input_norm = nnx.Param(layers["input_norm"])
-        self.attention = GroupedQueryAttention(config, numerics, layers["attention"])
+        self.attention = GroupedQueryAttention(config, numerics, layers["attention"], rules)
         self.post_norm = nnx.Param(layers["post_norm"])
-        self.ffn = SwiGLU(numerics, layers["ffn"])
+        self.ffn = SwiGLU(numerics, layers["ffn"], rules=rules)
         self.norm = nnx.Param(params["norm"])
         self.head = nnx.Param(params["embed" if config.tie_word_embeddings else "head"])
 
@@ -49,7 +51,7 @@ class Dense(nnx.Module):
         config, numerics, eps = self.config, self.numerics, self.config.rms_norm_eps
         frequencies = llama3_frequencies(config.head_dim, config.rope_theta, config.llama3)
         call = new_call(cache, tokens.shape[1], n_new, lambda positions: rope_table(frequencies, positions))
-        residual = ends.embed(self.embed[...], tokens, numerics)
+        residual = ends.embed(self.embed[...], tokens, numerics, self.rules)
 
         def layer(carry: tuple[jax.Array, jax.Array, Cache], i: jax.Array) -> tuple[Any, None]:
             residual, delta, cache = carry
@@ -65,8 +67,8 @@ class Dense(nnx.Module):
         carry = residual, jnp.zeros_like(residual), cache
         (residual, delta, cache), _ = lax.scan(layer, carry, jnp.arange(config.num_hidden_layers))
         _, hidden = add_norm(residual, delta, self.norm[...], eps, numerics)
-        length = cache.length + n_new
-        return ends.logits(hidden, self.head[...], n_new, want), hidden, dataclasses.replace(cache, length=length)
+        logits = ends.logits(hidden, self.head[...], n_new, want, self.rules)
+        return logits, hidden, dataclasses.replace(cache, length=cache.length + n_new)
 
 
 def step(
@@ -77,9 +79,10 @@ def step(
     tokens: jax.Array,
     n_new: jax.Array,
     want: str = "last",
+    rules: Rules = UNSPLIT,
 ) -> tuple[jax.Array | None, jax.Array, Cache]:
     """Takes up to T new tokens for each of B slots; everything as in `models.v3.step`."""
-    return Dense(config, numerics, params)(cache, tokens, n_new, want)
+    return Dense(config, numerics, params, rules)(cache, tokens, n_new, want)
 
 
 def draft(config: DenseConfig, *_: Any, **__: Any) -> NoReturn:

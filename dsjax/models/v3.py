@@ -26,6 +26,7 @@ from dsjax.layers.norm import add_norm, rms_norm
 from dsjax.models import ends
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from sharding import UNSPLIT, Rules
 
 new_cache = init_cache
 
@@ -33,18 +34,18 @@ new_cache = init_cache
 class Stack(nnx.Module):
     """Equal decoder layers, run as one scan. `offset` is the first layer's place in the cache."""
 
-    def __init__(self, config: V3Config, numerics: Numerics, params: Tree, offset: int) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree, offset: int, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
         self.offset = offset
         self.input_norm = nnx.Param(params["input_norm"])
         self.post_norm = nnx.Param(params["post_norm"])
-        self.attention = Attention(config, numerics, params["attention"], params.get("indexer"))
+        self.attention = Attention(config, numerics, params["attention"], params.get("indexer"), rules)
         self.bias = nnx.Param(params["router"]["bias"]) if "bias" in params.get("router", {}) else None
         if "experts" in params:
-            self.ffn: MoE | SwiGLU = MoE(config, numerics, params)
+            self.ffn: MoE | SwiGLU = MoE(config, numerics, params, rules)
         else:
-            self.ffn = SwiGLU(numerics, params["ffn"])
+            self.ffn = SwiGLU(numerics, params["ffn"], rules=rules)
 
     def __call__(
         self, residual: jax.Array, delta: jax.Array, cache: Cache, call: Call
@@ -74,36 +75,38 @@ class Stack(nnx.Module):
 class V3(nnx.Module):
     """The main model, bound to its parameters."""
 
-    def __init__(self, config: V3Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.embed = nnx.Param(params["embed"])
         self.norm = nnx.Param(params["norm"])
         self.head = nnx.Param(params["head"])
         dense = config.first_k_dense_replace
-        self.dense = Stack(config, numerics, params["dense"], 0) if "dense" in params else None
-        self.moe = Stack(config, numerics, params["moe"], dense) if "moe" in params else None
+        self.dense = Stack(config, numerics, params["dense"], 0, rules) if "dense" in params else None
+        self.moe = Stack(config, numerics, params["moe"], dense, rules) if "moe" in params else None
 
     def __call__(
         self, cache: Cache, tokens: jax.Array, n_new: jax.Array, want: str
     ) -> tuple[jax.Array | None, jax.Array, Cache]:
         call = new_call(cache, tokens.shape[1], n_new, partial(mla_rope_table, self.config))
-        residual = ends.embed(self.embed[...], tokens, self.numerics)
+        residual = ends.embed(self.embed[...], tokens, self.numerics, self.rules)
         delta = jnp.zeros_like(residual)
         for stack in (self.dense, self.moe):
             if stack is not None:
                 residual, delta, cache = stack(residual, delta, cache, call)
         _, hidden = add_norm(residual, delta, self.norm[...], self.config.rms_norm_eps, self.numerics)
-        length = cache.length + n_new
-        return ends.logits(hidden, self.head[...], n_new, want), hidden, dataclasses.replace(cache, length=length)
+        logits = ends.logits(hidden, self.head[...], n_new, want, self.rules)
+        return logits, hidden, dataclasses.replace(cache, length=cache.length + n_new)
 
 
 class MTP(nnx.Module):
     """The multi-token-prediction module: one decoder layer on [next token's embedding ; main model's hidden]."""
 
-    def __init__(self, config: V3Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.embed = nnx.Param(params["embed"])
         self.head = nnx.Param(params["head"])
         mtp = params["mtp"]
@@ -111,14 +114,14 @@ class MTP(nnx.Module):
         self.hidden_norm = nnx.Param(mtp["hidden_norm"])
         self.projection = nnx.Param(mtp["projection"])
         self.norm = nnx.Param(mtp["norm"])
-        self.stack = Stack(config, numerics, mtp, 0)
+        self.stack = Stack(config, numerics, mtp, 0, rules)
 
     def __call__(
         self, cache: Cache, hidden: jax.Array, tokens: jax.Array, n_new: jax.Array, want: str
     ) -> tuple[jax.Array | None, jax.Array, Cache]:
         eps, numerics = self.config.rms_norm_eps, self.numerics
         call = new_call(cache, tokens.shape[1], n_new, partial(mla_rope_table, self.config))
-        embedding = ends.embed(self.embed[...], tokens, numerics)
+        embedding = ends.embed(self.embed[...], tokens, numerics, self.rules)
         # Embedding first: the released weights expect it so, against the paper's equation (spec V3 2.7).
         joined = jnp.concatenate(
             [
@@ -130,8 +133,8 @@ class MTP(nnx.Module):
         residual = numerics.linear(joined, self.projection[...], (0,))
         residual, delta, cache = self.stack(residual, jnp.zeros_like(residual), cache, call)
         _, out = add_norm(residual, delta, self.norm[...][0], eps, numerics)
-        length = cache.length + n_new
-        return ends.logits(out, self.head[...], n_new, want), out, dataclasses.replace(cache, length=length)
+        logits = ends.logits(out, self.head[...], n_new, want, self.rules)
+        return logits, out, dataclasses.replace(cache, length=cache.length + n_new)
 
 
 def step(
@@ -142,6 +145,7 @@ def step(
     tokens: jax.Array,
     n_new: jax.Array,
     want: str = "last",
+    rules: Rules = UNSPLIT,
 ) -> tuple[jax.Array | None, jax.Array, Cache]:
     """Takes up to T new tokens for each of B slots: prefill, chunked prefill, decode and verification alike.
 
@@ -154,13 +158,16 @@ def step(
       cache: to be donated.
       tokens: int32 [B, T].
       n_new: int32 [B], how many of the T are real.
+      rules: of a manual body, which sees its device's part of everything and names its collectives; else nothing is
+        split, or a partitioner splits it.
 
     Returns:
-      logits: float32 [B, V] ("last"), [B, T, V] ("all"), or None.
+      logits: float32 [B, V] ("last"), [B, T, V] ("all"), or None. In a manual body this device's part of the
+        vocabulary; of all slots that devices with other parts of the vocabulary have.
       hidden: [B, T, D] after the final norm, which the MTP module takes.
       cache: with the new tokens.
     """
-    return V3(config, numerics, params)(cache, tokens, n_new, want)
+    return V3(config, numerics, params, rules)(cache, tokens, n_new, want)
 
 
 def draft(
@@ -172,6 +179,7 @@ def draft(
     tokens: jax.Array,
     n_new: jax.Array,
     want: str = "last",
+    rules: Rules = UNSPLIT,
 ) -> tuple[jax.Array | None, jax.Array, Cache]:
     """The MTP module: from hidden at i and the token at i + 1, logits for the token at i + 2 (spec V3 2.7).
 
@@ -185,4 +193,4 @@ def draft(
     Returns:
       logits, hidden (after the module's norm) and cache, as `step`.
     """
-    return MTP(config, numerics, params)(cache, hidden, tokens, n_new, want)
+    return MTP(config, numerics, params, rules)(cache, hidden, tokens, n_new, want)

@@ -31,6 +31,7 @@ from dsjax.models import ends
 from dsjax.models.schedule import find_schedule
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from sharding import UNSPLIT, Rules
 
 new_cache = init_cache
 
@@ -92,9 +93,12 @@ class Layers(nnx.Module):
       kinds: of the layers, in order.
     """
 
-    def __init__(self, config: V4Config, numerics: Numerics, params: Tree, kinds: Sequence[Kind]) -> None:
+    def __init__(
+        self, config: V4Config, numerics: Numerics, params: Tree, kinds: Sequence[Kind], rules: Rules = UNSPLIT
+    ) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.kinds = tuple(kinds)
         stacks = ("layers", "csa", "hca", "scored", "hashed")
         self.params = nnx.data({name: params[name] for name in stacks if name in params})
@@ -147,6 +151,7 @@ class Layers(nnx.Module):
             kind.ratio,
             layer,
             places[kind.compressor] if kind.compressor else None,
+            self.rules,
         )
         out, cache = attention(x, cache, call)
         with jax.named_scope("streams"):
@@ -159,7 +164,7 @@ class Layers(nnx.Module):
         else:
             bias, choices = self.params["scored"]["bias"][places["scored"]], None
         gate = partial(sqrtsoftplus_gate, bias=bias, choices=choices, config=config)
-        out = MoE(config, numerics, params)(x, call.valid, layer, gate)
+        out = MoE(config, numerics, params, self.rules)(x, call.valid, layer, gate)
         with jax.named_scope("streams"):
             return hyper_connection_post(out, streams, post, comb, numerics), cache
 
@@ -167,11 +172,12 @@ class Layers(nnx.Module):
 class V4(nnx.Module):
     """The main model, bound to its parameters."""
 
-    def __init__(self, config: V4Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.embed = nnx.Param(params["embed"])
-        self.layers = Layers(config, numerics, params, layer_kinds(config))
+        self.layers = Layers(config, numerics, params, layer_kinds(config), rules)
         self.head_streams = nnx.data(params["head_streams"])
         self.norm = nnx.Param(params["norm"])
         self.head = nnx.Param(params["head"])
@@ -181,7 +187,7 @@ class V4(nnx.Module):
     ) -> tuple[jax.Array | None, jax.Array, V4Cache]:
         config, numerics = self.config, self.numerics
         call = _call(config, cache, tokens, n_new, sorted(set(config.compress_ratios)))
-        x = ends.embed(self.embed[...], tokens, numerics)
+        x = ends.embed(self.embed[...], tokens, numerics, self.rules)
         streams = jnp.repeat(x[:, :, None], config.hc_mult, axis=2)
         streams, cache = self.layers(streams, cache, call)
 
@@ -189,22 +195,23 @@ class V4(nnx.Module):
             y = hyper_connection_head(streams, self.head_streams, (), config, numerics)
             return numerics.round(rms_norm(y, self.norm[...], config.rms_norm_eps))
 
-        logits = ends.logits(streams, self.head[...], n_new, want, finish)
+        logits = ends.logits(streams, self.head[...], n_new, want, self.rules, finish)
         return logits, streams, dataclasses.replace(cache, length=cache.length + n_new)
 
 
 class MTP(nnx.Module):
     """The draft module `mtp.0`: one window layer on the main model's streams and the next token's embedding."""
 
-    def __init__(self, config: V4Config, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.rules = rules
         self.embed = nnx.Param(params["embed"])
         self.head = nnx.Param(params["head"])
         mtp = params["mtp"]
         self.params = nnx.data(mtp)
         stacks = {"layers": mtp, "scored": {"bias": mtp["bias"]}}
-        self.layers = Layers(config, numerics, stacks, (Kind(WINDOW, False),))
+        self.layers = Layers(config, numerics, stacks, (Kind(WINDOW, False),), rules)
 
     def __call__(
         self, cache: V4Cache, hidden: jax.Array, tokens: jax.Array, n_new: jax.Array, want: str
@@ -215,7 +222,7 @@ class MTP(nnx.Module):
             return numerics.round(rms_norm(x, params[name][0], config.rms_norm_eps))
 
         call = _call(config, cache, tokens, n_new, ())
-        e = norm(ends.embed(self.embed[...], tokens, numerics), "embedding_norm")
+        e = norm(ends.embed(self.embed[...], tokens, numerics, self.rules), "embedding_norm")
         e = numerics.linear(e, params["embedding_projection"], (0,))
         h = numerics.linear(norm(hidden, "hidden_norm"), params["hidden_projection"], (0,))
         streams = numerics.round(e[:, :, None].astype(jnp.float32) + h.astype(jnp.float32))
@@ -224,7 +231,7 @@ class MTP(nnx.Module):
         def finish(streams: jax.Array) -> jax.Array:
             return norm(hyper_connection_head(streams, params["head_streams"], (0,), config, numerics), "norm")
 
-        logits = ends.logits(streams, self.head[...], n_new, want, finish)
+        logits = ends.logits(streams, self.head[...], n_new, want, self.rules, finish)
         return logits, streams, dataclasses.replace(cache, length=cache.length + n_new)
 
 
@@ -236,6 +243,7 @@ def step(
     tokens: jax.Array,
     n_new: jax.Array,
     want: str = "last",
+    rules: Rules = UNSPLIT,
 ) -> tuple[jax.Array | None, jax.Array, V4Cache]:
     """Takes up to T new tokens for each of B slots: prefill, chunked prefill, decode and verification alike.
 
@@ -248,13 +256,14 @@ def step(
       cache: to be donated.
       tokens: int32 [B, T].
       n_new: int32 [B], how many of the T are real.
+      rules: as in `models.v3.step`.
 
     Returns:
       logits: float32 [B, V] ("last"), [B, T, V] ("all"), or None.
       hidden: [B, T, n, D], the streams before the head, which the draft module takes.
       cache: with the new tokens.
     """
-    return V4(config, numerics, params)(cache, tokens, n_new, want)
+    return V4(config, numerics, params, rules)(cache, tokens, n_new, want)
 
 
 def draft(
@@ -266,6 +275,7 @@ def draft(
     tokens: jax.Array,
     n_new: jax.Array,
     want: str = "last",
+    rules: Rules = UNSPLIT,
 ) -> tuple[jax.Array | None, jax.Array, V4Cache]:
     """The draft module: from the streams at i and the token at i + 1, logits for the token at i + 2 (spec V4 2.9).
 
@@ -279,4 +289,4 @@ def draft(
     Returns:
       logits, the module's own streams, and cache, as `step`.
     """
-    return MTP(config, numerics, params)(cache, hidden, tokens, n_new, want)
+    return MTP(config, numerics, params, rules)(cache, hidden, tokens, n_new, want)

@@ -79,15 +79,17 @@ class Stored:
       format: "e4m3", "e2m1", "bf16", "f16", "f32" or "i32" (ids, of any integer type in the file); in memory also
         "int8".
       scales: for e4m3 and e2m1: "f32" or "e8m0", per block; for int8: "f32", one per matrix row.
+      finer: in memory, blocks that divide the format's own, so that no shard cuts one.
     """
 
     format: str
     scales: str | None = None
+    finer: tuple[int, int] | None = None
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows and channels that share a scale; WHOLE spans an axis."""
-        return {"e4m3": FP8_BLOCK, "e2m1": FP4_BLOCK, "int8": (1, WHOLE)}.get(self.format, (1, WHOLE))
+        return self.finer or {"e4m3": FP8_BLOCK, "e2m1": FP4_BLOCK, "int8": (1, WHOLE)}.get(self.format, (1, WHOLE))
 
 
 def official_storage(row: Row, config: Config) -> Stored:
@@ -177,7 +179,12 @@ def build_tree(rows: tuple[Row, ...], leaf: Callable[[Row], Any]) -> Tree:
 
 
 def abstract_params(
-    config: Config, *, mtp: bool = False, stored: Mapping[Path, Stored] | None = None, weights: str = "stored"
+    config: Config,
+    *,
+    mtp: bool = False,
+    stored: Mapping[Path, Stored] | None = None,
+    weights: str = "stored",
+    cut: Callable[[Row, Stored], Stored] = lambda row, held: held,
 ) -> Tree:
     """The model's parameters as shapes; nothing is allocated.
 
@@ -186,6 +193,7 @@ def abstract_params(
       mtp: include the MTP module.
       stored: storage by path, from a checkpoint's headers; DeepSeek's official one by default.
       weights: what they are held as, one of `WEIGHTS`.
+      cut: makes scale blocks finer where shards need it (`layout.Layout.held`).
 
     Raises:
       InputError: for another choice of `weights`.
@@ -193,7 +201,7 @@ def abstract_params(
 
     def leaf(row: Row) -> Any:
         held = resident(row, stored[row.path] if stored else official_storage(row, config), weights)
-        return abstract_leaf(row, config, held)
+        return abstract_leaf(row, config, cut(row, held))
 
     return build_tree(tuple(r for r in table(config) if mtp or not is_mtp(r)), leaf)
 

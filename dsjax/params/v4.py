@@ -83,7 +83,7 @@ _LAYER: tuple[_Spec, ...] = (
     ("attention.kv_norm", ("U",), ("latent",), VECTOR, "attn.kv_norm.weight"),
     ("attention.sink", ("H",), ("heads",), FLOAT32, "attn.attn_sink"),
     ("attention.o_a", ("GO", "JU"), ("o_groups", "group_heads"), LINEAR, "attn.wo_a.weight"),
-    ("attention.o_b", ("D", "GO"), ("hidden", "o_groups"), LINEAR, "attn.wo_b.weight"),
+    ("attention.o_b", ("D", "GO"), ("hidden", "o_low"), LINEAR, "attn.wo_b.weight"),
     *_hyper("ffn_streams", "hc_ffn", "m", "3"),
     ("post_norm", ("D",), ("hidden",), VECTOR, "ffn_norm.weight"),
     ("router.weight", ("E", "D"), ("router", "hidden"), MATRIX, "ffn.gate.weight"),
