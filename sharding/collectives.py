@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sharding.hlo import Computation, Instruction, Known, Program, loop, parse
+from sharding.hlo import Computation, Instruction, Program, parse
+from sharding.runs import Run, runs
 
 KINDS = (
     "all-reduce",
@@ -192,31 +193,27 @@ def _scatters(computation: Computation) -> bool:
     return root is not None and root.opcode == "dynamic-slice"
 
 
-def _within(name: str, known: Known, program: Program) -> list[Collective]:
-    """Collectives of one run of a computation, those that it calls included."""
-    computation, found = program.computations[name], list[Collective]()
-    for instruction in computation:
-        opcode = instruction.opcode
-        collective = _read(instruction, computation, program)
-        if collective is not None:
-            found.append(collective)
-        elif opcode == "while":
-            trips, inside = loop(instruction, computation, known, program)
-            for c in _within(instruction.called("body")[0], inside, program):
-                count, unbounded = c.count * (1 if trips is None else trips), c.unbounded or trips is None
-                found.append(dataclasses.replace(c, count=count, unbounded=unbounded))
-        elif opcode == "conditional":
-            names = instruction.called("branch_computations", "true_computation", "false_computation")
-            branches = [_within(branch, {}, program) for branch in names]
-            found += max(branches, key=lambda b: sum(c.total_sent for c in b))
-        elif opcode in ("fusion", "call", "call-start", "async-start", "custom-call"):
-            for inner in instruction.called("calls", "to_apply", "called_computations"):
-                scatters = opcode == "fusion" and _scatters(program.computations[inner])
-                for c in _within(inner, {}, program):
-                    kind = "reduce-scatter" if scatters and c.kind == "all-reduce" else c.kind
-                    scope = c.scope or scope_of(instruction.op_name)
-                    found.append(dataclasses.replace(c, kind=kind, scope=scope))
-    return [c for c in found if c.count]
+def of_program(program: Program) -> list[Collective]:
+    """`collectives` of a program that was read already."""
+
+    def collective(run: Run) -> Collective | None:
+        found = _read(run.instruction, run.computation, program)
+        if found is None:
+            return None
+        scattered = run.caller is not None and run.caller.opcode == "fusion" and _scatters(run.computation)
+        return dataclasses.replace(
+            found,
+            kind="reduce-scatter" if scattered and found.kind == "all-reduce" else found.kind,
+            scope=found.scope or scope_of(run.caller.op_name if run.caller else ""),
+            count=run.count,
+            unbounded=run.unbounded,
+        )
+
+    def sent(branch: Sequence[Run]) -> float:
+        return sum(c.total_sent for c in map(collective, branch) if c is not None)
+
+    kept = runs(program, lambda i: i.opcode.removesuffix("-start") in KINDS, sent)
+    return [c for c in map(collective, kept) if c is not None]
 
 
 def collectives(text: str) -> list[Collective]:
@@ -231,8 +228,7 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: if the text is no compiled program, or writes replica groups in a way not known here.
     """
-    program = parse(text)
-    return _within(program.entry, {}, program)
+    return of_program(parse(text))
 
 
 def summary(found: Iterable[Collective], key: Callable[[Collective], str] = lambda c: c.kind) -> dict[str, Totals]:

@@ -1,4 +1,4 @@
-"""A compiled program's text (`jax.stages.Compiled.as_text()`) as instructions, and how often its loops run.
+"""A compiled program's text (`jax.stages.Compiled.as_text()`) as computations and instructions.
 
 Reads what XLA prints for CPU, GPU and TPU: types with tilings and memory spaces ({1,0:T(8,128)(2,1)S(1)}), tuples,
 fusions and calls that run beside the program (`call-start`, `async-start`).
@@ -19,10 +19,17 @@ ELEMENT_BITS: dict[str, int] = {"pred": 8, "token": 0, "opaque": 0} | {
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type of an array in a program: `dtype` as XLA writes it ("f32", "bf16", "u8"), and its dimensions."""
+    """Type of an array in a program.
+
+    Attributes:
+      dtype: as XLA writes it: "f32", "bf16", "u8".
+      shape: its dimensions, dynamic ones at their bound.
+      space: number of the memory that it lies in; 0 is the device's large one.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    space: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -108,16 +115,16 @@ def _closing(text: str, start: int) -> int:
 
 _LINE = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (?=\S)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .*\{\s*$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    """Leaves of a type: `(f32[2,3]{1,0}, u8[<=4])`, dynamic dimensions at their bound."""
+    """Leaves of a type: `(f32[2,3]{1,0:T(8,128)S(1)}, u8[<=4])`."""
     return tuple(
-        Array(dtype, tuple(int(n.strip(" <=")) for n in shape.split(",") if n.strip()))
-        for dtype, shape in _ARRAY.findall(text)
+        Array(dtype, tuple(int(n.strip(" <=")) for n in shape.split(",") if n.strip()), int(space or 0))
+        for dtype, shape, space in _ARRAY.findall(text)
     )
 
 
@@ -164,108 +171,3 @@ def parse(text: str) -> Program:
         raise ValueError("compiled program: expected an ENTRY computation, found none")
     sizes = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])]
     return Program(computations, entry, math.prod(sizes))
-
-
-# --- loops ----------------------------------------------------------------------------------------------------------
-
-Known = Mapping[int, int]
-"""Elements of a computation's one tuple parameter that are integers known beforehand."""
-
-_PASSING = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "optimization-barrier")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """Element `index` of the parameter's tuple, plus `step`."""
-
-    index: int
-    step: int = 0
-
-
-def _value(name: str, computation: Computation, known: Known) -> int | _Slot | None:
-    """An integer scalar as a number, or as an element of the parameter plus a number; None for anything else."""
-    instruction = computation.instructions.get(name)
-    if instruction is None:
-        return None
-    if instruction.opcode == "constant":
-        return int(instruction.argument) if re.fullmatch(r"-?\d+", instruction.argument) else None
-    if instruction.opcode in _PASSING:
-        return _value(instruction.operands[0], computation, known)
-    if instruction.opcode == "get-tuple-element":
-        source = computation.instructions.get(instruction.operands[0])
-        found = re.search(r"\bindex=(\d+)", instruction.attributes)
-        if source is None or found is None:
-            return None
-        if source.opcode == "parameter":
-            return known.get(int(found[1]), _Slot(int(found[1])))
-        return _value(source.operands[int(found[1])], computation, known) if source.opcode == "tuple" else None
-    if instruction.opcode in ("add", "subtract") and len(instruction.operands) == 2:
-        a, b = (_value(operand, computation, known) for operand in instruction.operands)
-        sign = 1 if instruction.opcode == "add" else -1
-        if isinstance(a, int) and isinstance(b, int):
-            return a + sign * b
-        if isinstance(a, _Slot) and isinstance(b, int):
-            return _Slot(a.index, a.step + sign * b)
-        if isinstance(a, int) and isinstance(b, _Slot) and sign > 0:
-            return _Slot(b.index, b.step + a)
-    return None
-
-
-def _trips(first: int, bound: int, step: int, direction: str) -> int | None:
-    """How often a loop runs that starts at `first`, adds `step`, and goes on while `direction` holds of `bound`."""
-    if direction in ("GT", "GE"):
-        first, bound, step, direction = -first, -bound, -step, {"GT": "LT", "GE": "LE"}[direction]
-    if direction == "NE":
-        return (
-            (bound - first) // step if step and (bound - first) % step == 0 and (bound - first) // step >= 0 else None
-        )
-    if direction not in ("LT", "LE") or step <= 0:
-        return None
-    return max(0, -(-(bound - first + (direction == "LE")) // step))
-
-
-_SWAPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
-
-
-def loop(
-    instruction: Instruction, computation: Computation, known: Known, program: Program
-) -> tuple[int | None, Known]:
-    """How often a `while` runs, None if that depends on data; and what its body knows of its own parameter.
-
-    The number is XLA's own where it prints one (CPU, GPU). The TPU compiler prints none: there it is read from the
-    condition, a comparison of a counter with a number, and from the body, which adds a number to that counter.
-
-    Args:
-      instruction: the `while`, in `computation`.
-      known: what is known of the computation's own parameter.
-    """
-    (condition_name,), (body_name,) = instruction.called("condition"), instruction.called("body")
-    condition, body = program.computations[condition_name], program.computations[body_name]
-    start = computation.instructions.get(instruction.operands[0])
-    first = {}
-    if start is not None and start.opcode == "tuple":
-        first = {i: _value(operand, computation, known) for i, operand in enumerate(start.operands)}
-    numbers = {i: v for i, v in first.items() if isinstance(v, int)}
-    result = body.instructions.get(body.root)
-    moves: dict[int, int] = {}  # counters and constants of the body: element -> what a trip adds
-    if result is not None and result.opcode == "tuple":
-        for i, operand in enumerate(result.operands):
-            value = _value(operand, body, {})
-            if isinstance(value, _Slot) and value.index == i:
-                moves[i] = value.step
-    inside = {i: v for i, v in numbers.items() if moves.get(i) == 0}
-
-    printed = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-    if printed is not None:
-        return int(printed[1]), inside
-    test = condition.instructions.get(condition.root)
-    direction = re.search(r"\bdirection=(\w\w)", test.attributes) if test is not None else None
-    if test is None or test.opcode != "compare" or direction is None:
-        return None, inside
-    a, b = (_value(operand, condition, inside) for operand in test.operands)
-    compared = direction[1]
-    if isinstance(a, int):
-        a, b, compared = b, a, _SWAPPED.get(compared, "")
-    if not isinstance(a, _Slot) or not isinstance(b, int) or a.index not in numbers or not moves.get(a.index):
-        return None, inside
-    return _trips(numbers[a.index] + a.step, b, moves[a.index], compared), inside
