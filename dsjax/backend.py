@@ -6,6 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 
 _CPU_OPTIONS: dict[str, Any] = {
     # XLA:CPU prefers 256-bit vectors even where the machine has wider ones.
@@ -25,6 +27,20 @@ def _accepted(name: str, value: Any) -> bool:
         except jax.errors.JaxRuntimeError:
             return False
     return True
+
+
+def cache_placement(sharding: Sharding, cache: Any, platform: str) -> Any:
+    """Where a cache's array lies, for `in_shardings` and `out_shardings`, both of them.
+
+    Row-major everywhere. Left to itself XLA:TPU puts positions last, where a row's odd width needs no padding, and then
+    copies the whole donated cache into the order of the step's loops and back, every step.
+
+    Args:
+      sharding: of the array.
+      cache: the array, or its shape.
+      platform: of its devices.
+    """
+    return sharding if platform == "cpu" else Format(Layout(tuple(range(cache.ndim))), sharding)
 
 
 def compiler_options(platform: str) -> dict[str, Any]:

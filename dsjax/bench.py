@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from dsjax.bandwidth import SAMPLE_BYTES, memory_bandwidth, read_fresh, read_reused, warm_up, weight_files
-from dsjax.checkpoint.load import load
 from dsjax.config import load_config
 from dsjax.errors import InputError
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
+from dsjax.parallel import Parallel, load_onto
 from dsjax.params import abstract_params, active_bytes, tree_bytes
 from dsjax.soak import check_soak, soak
 
@@ -39,6 +39,7 @@ def bench(
     batch: int,
     runs: int = 3,
     soak_steps: int | None = None,
+    parallel: Parallel | None = None,
 ) -> dict[str, Any]:
     """Times a checkpoint on random prompts; medians over `runs`, after one run that is not counted.
 
@@ -58,6 +59,7 @@ def bench(
       batch: prompts at once.
       runs: counted runs.
       soak_steps: also take this many decode steps as `soak.soak` does.
+      parallel: the mesh to run on; one device by default.
 
     Returns:
       load_s, compile_s, ttft_s, tpot_s: seconds, tpot_s of one decode step.
@@ -93,11 +95,11 @@ def bench(
     reused = read_reused(files, nbytes)
     first, before = read_fresh(files, nbytes), read_fresh(files, nbytes)
     start = time.perf_counter()
-    config, params, stats = load(folder, weights=weights)
+    config, params, stats = load_onto(parallel, folder, weights=weights)
     load_s = time.perf_counter() - start
-    (device,) = jax.tree.leaves(params)[0].devices()
+    device = min(jax.tree.leaves(params)[0].addressable_shards, key=lambda shard: shard.device.id).device
     held, active = tree_bytes(params), active_bytes(params, config, batch)
-    engine = Engine(config, params, numerics)
+    engine = Engine(config, params, numerics, parallel=parallel)
     random = np.random.default_rng(0)
     prompts = random.integers(0, config.vocab_size, (batch, prompt_length)).tolist()
     timings = [engine.generate(prompts, new_tokens)[1] for _ in range(runs + 1)]

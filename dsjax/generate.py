@@ -20,7 +20,7 @@ from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.models import ends, family
 from dsjax.numerics import Numerics
-from dsjax.parallel import EVERYWHERE, Parallel, padded, to_host
+from dsjax.parallel import EVERYWHERE, Parallel, one_device, padded, to_host
 from dsjax.params import EXPERT, LINEAR, Tree, leaves
 from dsjax.sampling import Sampling, sample
 from quant import E2M1, E4M3, QArray
@@ -113,7 +113,7 @@ class Memory:
         self.furthest = max(self.furthest, len(self.ids))
 
 
-def _sampled_step(
+def sampled_step(
     config: Config,
     numerics: Numerics,
     sampling: Sampling,
@@ -133,7 +133,13 @@ def _sampled_step(
     with jax.named_scope("sample"):
         differ, _ = ends.vocabulary_axes(rules)
         drawn = sample(
-            logits, sampling, vocabulary, random_key, gather(sequences, differ), gather(cache.length, differ), rules
+            logits,
+            sampling,
+            vocabulary,
+            jax.random.wrap_key_data(random_key),
+            gather(sequences, differ),
+            gather(cache.length, differ),
+            rules,
         )
         return gather(drawn, tuple(a for a in rules.axes("slots") if a not in differ)), cache
 
@@ -187,10 +193,13 @@ class Engine:
         self.params = params
         self.numerics = numerics
         self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
+        device = next(iter(jax.tree.leaves(params)[0].devices()))
+        if parallel is None and device.platform != "cpu":  # a mesh of one, for where its cache lies
+            parallel = one_device(config, device)
         self.parallel = parallel
         self.rules = parallel.rules if parallel else UNSPLIT
         self._compiled: dict[Any, Any] = {}
-        self.compiler_options = compiler_options(next(iter(jax.tree.leaves(params)[0].devices())).platform)
+        self.compiler_options = compiler_options(device.platform)
 
     def slots(self, sequences: int) -> int:
         """Slots of a batch for that many sequences: the mesh may want more, which stay empty."""
@@ -210,8 +219,7 @@ class Engine:
         options: dict[str, Any] = {"donate_argnums": 1, "compiler_options": self.compiler_options}
         if self.parallel is None:
             return jax.jit(body, **options)
-        params, caches = self.parallel.param_specs(self.params), self.parallel.layout.cache_specs(cache)
-        return self.parallel.program(body, (params, caches, *inputs), (*outputs, caches), **options)
+        return self.parallel.program(body, self.params, cache, inputs, outputs, **options)
 
     def compiled(self, cache: Any, tokens: int, sampling: Sampling) -> Any:
         """The sampled step for T = `tokens`, compiled ahead for any seed; its cache argument is donated."""
@@ -219,11 +227,11 @@ class Engine:
         sampling = dataclasses.replace(sampling, seed=0)
         key = (batch, cache.capacity, tokens, sampling)
         if key not in self._compiled:
-            body = partial(_sampled_step, self.config, self.numerics, sampling, self.vocabulary, self.rules)
+            body = partial(sampled_step, self.config, self.numerics, sampling, self.vocabulary, self.rules)
             function = self._program(body, cache, [EVERYWHERE] * 4, [EVERYWHERE])
             row = jax.ShapeDtypeStruct((batch,), jnp.int32)
             new = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-            random_key = jax.eval_shape(lambda: jax.random.key(0))
+            random_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
             lowered = function.lower(self.params, cache, new, row, random_key, row)
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
@@ -276,7 +284,7 @@ class Engine:
             self.compiled(cache, width, sampling)
         timing.compile_s = time.perf_counter() - start
 
-        random_key = jax.random.key(sampling.seed)
+        random_key = np.asarray(jax.random.key_data(jax.random.key(sampling.seed)))  # every process has the same
         sequences = np.arange(first_sequence, first_sequence + batch, dtype=np.int32)
         start = time.perf_counter()
         next_ids = np.zeros(batch, np.int32)

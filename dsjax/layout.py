@@ -42,6 +42,7 @@ from sharding import Axes, Plan, Rules, inner_axes, mesh_axes
 
 ATTENTION = ("heads", "slots")
 O_GROUPS = ("split", "gather")
+DISPATCH = ("auto", "replicated", "all-to-all", "ragged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +232,7 @@ def layout(
     attention: str = "heads",
     numerics: Numerics | None = None,
     o_groups: str = "split",
+    dispatch: str = "auto",
 ) -> Layout:
     """How the model lies on a mesh of this plan.
 
@@ -240,13 +242,17 @@ def layout(
       attention: "heads" or "slots".
       numerics: native must not cut a group of channels that share an activation's scale.
       o_groups: "split" or "gather", for V4 split more ways than it has output groups.
+      dispatch: how tokens get to their experts where devices have different ones (`sharding.dispatch`).
 
     Raises:
       InputError: if the plan cannot work, with the reason and the nearest one for as many devices that does.
     """
     native = numerics is not None and numerics.native
+    if dispatch != "auto" and attention == "heads":
+        raise InputError(f"--dispatch {dispatch}: expected --attention slots; with heads every device has all tokens")
     try:
-        return _build(config, plan, attention, native, o_groups)
+        found = _build(config, plan, attention, native, o_groups)
+        return dataclasses.replace(found, rules=dataclasses.replace(found.rules, dispatch=dispatch))
     except ValueError as e:
         works = list(working_plans(config, plan.devices, attention, numerics, o_groups))
         nearest = min(works, key=lambda p: _distance(p, plan), default=None)

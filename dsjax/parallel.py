@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsjax.backend import cache_placement
+from dsjax.checkpoint.load import LoadStats, load
 from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.layout import Layout, layout
@@ -66,14 +69,16 @@ class Parallel:
         """Scale blocks as shards need them: what `checkpoint.load` asks."""
         return self.layout.held(row, held, self.config)
 
-    def param_specs(self, params: Tree) -> Tree:
-        """PartitionSpecs of parameters."""
-        return self.layout.param_specs(params, self.config)
+    def cache_placement(self, cache: Any) -> Any:
+        """A tree like a cache, arrays or shapes, with what `jax.jit` is told of where they lie."""
+        platform = self.mesh.devices.flat[0].platform
+        return jax.tree.map(
+            lambda where, a: cache_placement(where, a, platform), self.place(self.layout.cache_specs(cache)), cache
+        )
 
     def new_cache(self, make: Callable[[], Any]) -> Any:
         """The cache that `make` makes, each device making its part."""
-        shapes = jax.eval_shape(make)
-        cache: Any = jax.jit(make, out_shardings=self.place(self.layout.cache_specs(shapes)))()
+        cache: Any = jax.jit(make, out_shardings=self.cache_placement(jax.eval_shape(make)))()
         return cache
 
     def logits_spec(self, positions: bool) -> PartitionSpec:
@@ -87,18 +92,40 @@ class Parallel:
         """Of what a step returns for the draft module."""
         return self.layout.rules.spec(("slots",))
 
-    def program(self, body: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any, **jit: Any) -> Any:
-        """A jitted function of whole arrays from a body of local shards.
+    def program(
+        self,
+        body: Callable[..., Any],
+        params: Tree,
+        cache: Any,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        **options: Any,
+    ) -> Any:
+        """(params, cache, *inputs) -> (*outputs, cache) of whole arrays, jitted, from a body of local shards.
 
         Args:
-          body: of as many arguments as `in_specs`.
-          in_specs, out_specs: trees of PartitionSpecs.
-          jit: further arguments of `jax.jit`.
+          body: sees this device's part of everything.
+          params, cache: arrays or shapes.
+          inputs, outputs: a PartitionSpec each.
+          options: further arguments of `jax.jit`.
         """
+        weights, caches = self.layout.param_specs(params, self.config), self.layout.cache_specs(cache)
         if self.spmd == "manual":
             # Values that differ between devices pass through loops whose start does not: their types are not tracked.
-            body = jax.shard_map(body, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
-        return jax.jit(body, in_shardings=self.place(tuple(in_specs)), out_shardings=self.place(out_specs), **jit)
+            body = jax.shard_map(
+                body,
+                mesh=self.mesh,
+                in_specs=(weights, caches, *inputs),
+                out_specs=(*outputs, caches),
+                check_vma=False,
+            )
+        held = self.cache_placement(cache)
+        return jax.jit(
+            body,
+            in_shardings=(self.place(weights), held, *self.place(tuple(inputs))),
+            out_shardings=(*self.place(tuple(outputs)), held),
+            **options,
+        )
 
 
 def parallel(
@@ -108,20 +135,21 @@ def parallel(
     *,
     attention: str = "heads",
     o_groups: str = "split",
+    dispatch: str = "auto",
     spmd: str = "manual",
     devices: Sequence[jax.Device] | None = None,
 ) -> Parallel:
     """A model on the first devices there are.
 
     Args:
-      config, plan, numerics, attention, o_groups: of `layout.layout`.
+      config, plan, numerics, attention, o_groups, dispatch: of `layout.layout`.
       spmd: see `Parallel`.
       devices: all of JAX's by default.
 
     Raises:
       InputError: if the plan cannot work, for this model or on these devices.
     """
-    found = layout(config, plan, attention, numerics, o_groups)
+    found = layout(config, plan, attention, numerics, o_groups, dispatch)
     try:
         mesh = make_mesh(plan, found.inner, devices)
     except ValueError as e:
@@ -129,9 +157,21 @@ def parallel(
     return Parallel(config, found, mesh, spmd)
 
 
+def one_device(config: Config, device: jax.Device) -> Parallel:
+    """A mesh of one device, on which nothing is split."""
+    return Parallel(config, layout(config, Plan()), make_mesh(Plan(), devices=[device]), "auto")
+
+
+def load_onto(parallel: Parallel | None, folder: Path | str, **options: Any) -> tuple[Config, Tree, LoadStats]:
+    """`checkpoint.load.load` onto a mesh, or onto one device; every device reads its own part."""
+    if parallel is None:
+        return load(folder, **options)
+    return load(folder, sharding=parallel.sharding, cut=parallel.cut, **options)
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """A whole array on this host, its parts fetched from other processes where they are there."""
-    if array.is_fully_addressable:
+    if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

@@ -26,10 +26,12 @@ class Rules:
     Attributes:
       table: logical axis -> mesh axes; what is not in it is replicated.
       extents: of the mesh's axes.
+      dispatch: how tokens get to their experts, where devices have different tokens: see `sharding.dispatch`.
     """
 
     table: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
     extents: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dispatch: str = "auto"
 
     def axes(self, *names: str) -> Axes:
         """The mesh axes, of more than one device, that these logical axes are split over."""

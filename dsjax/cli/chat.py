@@ -16,8 +16,7 @@ from functools import partial
 from typing import Any
 
 from dsjax.chat import Reply
-from dsjax.checkpoint.load import load
-from dsjax.cli.common import checkpoint_config, note, numerics_of, sampling_of, stop_ids
+from dsjax.cli.common import checkpoint_config, load_model, note, numerics_of, sampling_of, stop_ids
 from dsjax.cli.conversation import Conversations, LiveReply
 from dsjax.errors import InputError
 from dsjax.generate import Engine, Memory, check_ids
@@ -160,8 +159,8 @@ def chat(options: argparse.Namespace) -> int:
     example = conversations.encode([*conversations.opening(), {"role": "user", "content": "?"}])
     check_ids(conversations.ids(example), config, "a conversation")
     stop = stop_ids(options.model, config, text)
-    config, params, _ = load(options.model, weights=options.weights, progress=sys.stderr.isatty())
-    engine = Engine(config, params, numerics, conversations.text.size)
+    config, params, many = load_model(options, config, numerics)
+    engine = Engine(config, params, numerics, conversations.text.size, many)
     max_length = min(options.max_length or _MAX_LENGTH, config.max_position_embeddings)
     session = _Session(conversations, engine, sampling, stop, max_length, options.max_new_tokens)
     session.clear()

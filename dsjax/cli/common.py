@@ -13,6 +13,8 @@ from typing import Any
 from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
 from dsjax.numerics import Numerics
+from dsjax.parallel import Parallel, load_onto, parallel
+from dsjax.params import Tree
 from dsjax.sampling import GREEDY_BELOW, Sampling
 from dsjax.text import Text
 
@@ -87,6 +89,42 @@ def sampling_of(options: argparse.Namespace, folder: Path | None = None) -> Samp
     if taken and sampling.temperature >= GREEDY_BELOW:
         note(f"dsjax: sampling as generation_config.json suggests: {' '.join(taken)}")
     return sampling
+
+
+def parallel_of(options: argparse.Namespace, config: Config, numerics: Numerics) -> Parallel | None:
+    """The flags --mesh, --attention, --spmd, --dispatch and --o-groups; None for one device.
+
+    Raises:
+      InputError: if the plan cannot work for this model, or on the devices that are there.
+    """
+    if options.mesh is None:
+        for flag, default in (("attention", "heads"), ("spmd", "manual"), ("dispatch", "auto"), ("o_groups", "split")):
+            if getattr(options, flag) != default:
+                raise InputError(f"{_flag(flag)} {getattr(options, flag)}: expected with --mesh, found no --mesh")
+        return None
+    return parallel(
+        config,
+        options.mesh,
+        numerics,
+        attention=options.attention,
+        spmd=options.spmd,
+        dispatch=options.dispatch,
+        o_groups=options.o_groups,
+    )
+
+
+def load_model(
+    options: argparse.Namespace, config: Config, numerics: Numerics, *, mtp: bool = False
+) -> tuple[Config, Tree, Parallel | None]:
+    """The checkpoint of --model, held as --weights says, where --mesh says.
+
+    Args:
+      config, numerics: of the checkpoint, from `checkpoint_config` and `Numerics.for_checkpoint`.
+      mtp: with its draft module.
+    """
+    many = parallel_of(options, config, numerics)
+    config, params, _ = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=sys.stderr.isatty())
+    return config, params, many
 
 
 def checkpoint_config(folder: Path) -> Config:

@@ -14,9 +14,15 @@ import jax
 
 from dsjax.cli import verbs
 from dsjax.cli.chat import chat
+from dsjax.cli.plan import plan, size
 from dsjax.errors import InputError
+from dsjax.generate import CHUNK
+from dsjax.layout import ATTENTION, DISPATCH, O_GROUPS
+from dsjax.parallel import SPMD
 from dsjax.params import WEIGHTS
+from dsjax.plan import RESERVE, chip_names
 from dsjax.presets import PRESETS
+from sharding import Plan, parse_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,8 +77,7 @@ def _weights_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="stored", help="what they are held as in memory")
 
 
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+def _numerics_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="activations and cache")
     parser.add_argument("--numerics", choices=("plain", "native"), default="plain")
     parser.add_argument(
@@ -85,6 +90,33 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         help="what native holds the keys of V3.2 and V4 as; auto is fp8, as the models were trained",
     )
     _weights_flag(parser)
+
+
+def _mesh_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", type=_plan, metavar="dp=1,ep=4,tp=2", help="devices by axis (default: one device)")
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="heads", help="what ep splits attention by: heads, or a batch's slots"
+    )
+    parser.add_argument(
+        "--spmd", choices=SPMD, default="manual", help="who places collectives: this program, or XLA's partitioner"
+    )
+    parser.add_argument("--dispatch", choices=DISPATCH, default="auto", help="how tokens get to experts (slots only)")
+    parser.add_argument(
+        "--o-groups", choices=O_GROUPS, default="split", help="what devices that share one of V4's output groups do"
+    )
+
+
+def _plan(text: str) -> Plan:
+    try:
+        return parse_plan(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    _numerics_flags(parser)
+    _mesh_flags(parser)
 
 
 def _conversation_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,8 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     machine = _Parser(add_help=False)
     machine.add_argument("--platform", metavar="NAME", help="cpu, cuda, tpu, or a plugin's name")
     machine.add_argument("--compile-cache", type=Path, metavar="DIR", help="keep compiled programs here")
-    common = _Parser(add_help=False, parents=[machine])
-    common.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    result = _Parser(add_help=False)
+    result.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    common = _Parser(add_help=False, parents=[machine, result])
     parser = _Parser(prog="dsjax", description="DeepSeek models in JAX, in their own quantised bytes.")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
@@ -175,6 +208,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--soak", type=_positive, metavar="N", help="N more decode steps; status 1 if ids change or memory grows"
     )
     p.set_defaults(run=verbs.bench)
+
+    p = commands.add_parser("plan", parents=[result], help="whether a model fits, how, and how fast at best")
+    p.add_argument("model", metavar="DIR_OR_PRESET")
+    p.add_argument("--cards", type=_positive, required=True, metavar="N")
+    p.add_argument("--memory", type=size, metavar="96GB", help="of each card; default: the chip's")
+    p.add_argument("--reserve", type=size, default=RESERVE, metavar="3GB", help="of each card, for drivers and runtime")
+    p.add_argument(
+        "--chip", metavar="NAME_OR_FILE", help=f"figures for an estimate: {', '.join(chip_names())}, or TOML"
+    )
+    p.add_argument("--context", type=_positive, default=4096, metavar="T", help="positions per sequence")
+    p.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences at once")
+    p.add_argument("--chunk", type=_positive, default=CHUNK, metavar="N", help="tokens per sequence in a prefill step")
+    p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="default: the best plan")
+    p.add_argument("--attention", choices=ATTENTION, help="default: the better one; of a given mesh, heads")
+    _numerics_flags(p)
+    p.set_defaults(run=plan)
     return parser
 
 
@@ -212,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         options = build_parser().parse_args(arguments)
-        _start_jax(options)
+        if options.run is not plan:  # which starts no backend
+            _start_jax(options)
         return options.run(options)
     except InputError as e:
         print(f"dsjax: {e}", file=sys.stderr)

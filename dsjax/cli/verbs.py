@@ -18,7 +18,16 @@ from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import open_files
-from dsjax.cli.common import checkpoint_config, note, numerics_of, print_json, sampling_of, stop_ids
+from dsjax.cli.common import (
+    checkpoint_config,
+    load_model,
+    note,
+    numerics_of,
+    parallel_of,
+    print_json,
+    sampling_of,
+    stop_ids,
+)
 from dsjax.cli.conversation import LiveReply, reply_text, whole_reply
 from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.cli.report import bench_table
@@ -107,8 +116,8 @@ def generate(options: argparse.Namespace) -> int:
     text = load_text(folder)
     prompts = read_prompts(options, text, config)
     stop = stop_ids(folder, config, text)
-    config, params, _ = load(folder, weights=options.weights, progress=sys.stderr.isatty())
-    engine = Engine(config, params, numerics, text.size if text else None)
+    config, params, many = load_model(options, config, numerics)
+    engine = Engine(config, params, numerics, text.size if text else None, many)
 
     streaming = len(prompts) == 1 and not options.json
     stream: Stream | LiveReply | None = None
@@ -201,8 +210,8 @@ def score(options: argparse.Namespace) -> int:
         limit = config.max_position_embeddings
         raise InputError(f"{options.tokens}: expected rows of at most {limit} tokens, found {tokens.shape[1]}")
     mtp = options.mtp_logits is not None
-    config, params, _ = load(options.model, mtp=mtp, weights=options.weights, progress=sys.stderr.isatty())
-    engine = Engine(config, params, numerics)
+    config, params, many = load_model(options, config, numerics, mtp=mtp)
+    engine = Engine(config, params, numerics, parallel=many)
     logits, drafts = engine.score(tokens, mtp=mtp)
     with ExitStack() as stack:  # all files or none
         temporaries = [stack.enter_context(new_file(path)) for path in paths]
@@ -219,9 +228,11 @@ def score(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """`dsjax bench`."""
+    numerics, config = numerics_of(options), load_config(options.model)
     result = run_bench(
         options.model,
-        numerics_of(options),
+        numerics,
+        parallel=parallel_of(options, config, numerics.for_checkpoint(config, options.weights)),
         weights=options.weights,
         prompt_length=options.prompt_length,
         new_tokens=options.new_tokens,

@@ -98,7 +98,7 @@ _CSA: tuple[_Spec, ...] = (
 )
 _HCA = _compressor("compressor", "attn.compressor", "h", "U")
 _BIAS: tuple[_Spec, ...] = (("bias", ("E",), ("router",), FLOAT32, "ffn.gate.bias"),)
-_TABLE: tuple[_Spec, ...] = (("table", ("V", "k"), ("vocab", "choices"), INTEGER, "ffn.gate.tid2eid"),)
+_TABLE: tuple[_Spec, ...] = (("table", ("V", "k"), ("ids", "choices"), INTEGER, "ffn.gate.tid2eid"),)
 _MTP: tuple[_Spec, ...] = (
     ("embedding_projection", ("D", "D"), ("hidden", "mtp_input"), LINEAR, "e_proj.weight"),
     ("hidden_projection", ("D", "D"), ("hidden", "mtp_input"), LINEAR, "h_proj.weight"),

@@ -1,0 +1,159 @@
+"""What cards send each other in one step: every collective of the step's body, with the bytes it is made for.
+
+The list follows the layers as they are written: a sum after each product whose inner width is split (float32), the
+embedding's rows and the last hidden vectors where the vocabulary is split, and tokens on their way to routed experts
+and back where cards that share the experts have other tokens. Ids, counts and drawn candidates are left out: they are
+few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import product
+
+from dsjax.config import Config, DenseConfig, V3Config, V4Config
+from dsjax.models.ends import vocabulary_axes
+from dsjax.plan.chips import Chip
+from dsjax.plan.placement import Placement
+from sharding import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of exchange in a step.
+
+    Attributes:
+      what: which sums or rows.
+      kind: "all-reduce", "all-gather", "reduce-scatter" or "all-to-all".
+      axes: mesh axes of the cards that take part.
+      cards: how many those are.
+      nbytes: of the whole array, as one card has it before (all-reduce, reduce-scatter) or after (all-gather), or of
+        what one card sends to all destinations (all-to-all, itself left out).
+      times: in a step.
+    """
+
+    what: str
+    kind: str
+    axes: Axes
+    cards: int
+    nbytes: float
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one card sends in a step, under the ring algorithm."""
+        share = (self.cards - 1) / self.cards
+        return self.times * self.nbytes * {"all-reduce": 2 * share, "all-to-all": 1.0}.get(self.kind, share)
+
+
+def distinct_destinations(config: Config, cards: int) -> float:
+    """Expected number of other cards that hold a token's experts, under uniform routing, experts split over `cards`."""
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    here = experts // cards
+    none = math.comb(experts - here, chosen) / math.comb(experts, chosen)
+    return (cards - 1) * (1 - none)
+
+
+def dispatch_axes(placement: Placement) -> Axes:
+    """Mesh axes along which tokens travel to their experts: those that split both experts and slots."""
+    rules = placement.layout.rules
+    return tuple(axis for axis in rules.axes("experts") if axis in rules.axes("slots"))
+
+
+def gathered_slots(placement: Placement) -> int:
+    """How many cards' slots one card makes logits for, its part of the vocabulary."""
+    rules = placement.layout.rules
+    return math.prod(rules.extents[axis] for axis in vocabulary_axes(rules)[0])
+
+
+def collectives(placement: Placement, slots: int, tokens: int) -> list[Collective]:
+    """All of a step of `tokens` new ones in each of a card's slots, logits of the last."""
+    c, rules, numerics = placement.config, placement.layout.rules, placement.numerics
+    item = 4 if numerics.dtype == "float32" else 2
+    n, d, layers = slots * tokens, c.hidden_size, c.num_hidden_layers
+    found: list[Collective] = []
+
+    def add(what: str, kind: str, axes: Axes, nbytes: float, times: int) -> None:
+        cards = math.prod(rules.extents[axis] for axis in axes)
+        if cards > 1 and times:
+            found.append(Collective(what, kind, axes, cards, nbytes, times))
+
+    differ, same = vocabulary_axes(rules)
+    gathered = gathered_slots(placement)
+    add("embedding", "all-reduce", same, n * gathered * d * item, 1)
+    add("embedding", "reduce-scatter", differ, n * gathered * d * item, 1)
+    add("last hidden", "all-gather", differ, slots * gathered * d * item, 1)
+    if isinstance(c, V4Config):
+        here = rules.axes("o_groups", "group_heads")
+        apart = tuple(axis for axis in rules.axes("heads") if axis not in here)
+        heads = c.num_attention_heads // rules.ways("o_groups", "group_heads")
+        add("heads of a group", "all-gather", apart, n * heads * c.head_dim * item, layers)
+        low = c.o_groups // rules.ways("o_groups") * c.o_lora_rank
+        add("parts of a group", "reduce-scatter", rules.axes("group_heads"), 4 * n * low, layers)
+    add(
+        "attention output", "all-reduce", rules.axes("o_low" if isinstance(c, V4Config) else "heads"), 4 * n * d, layers
+    )
+    if isinstance(c, DenseConfig):
+        add("dense layers", "all-reduce", rules.axes("ffn"), 4 * n * d, layers)
+        return found
+    dense = c.first_k_dense_replace if isinstance(c, V3Config) else 0
+    add("dense layers", "all-reduce", rules.axes("ffn"), 4 * n * d, dense)
+    sparse = layers - dense
+    ep, routed = dispatch_axes(placement), rules.axes("routed")
+    if ep:
+        cards = math.prod(rules.extents[axis] for axis in ep)
+        rows = n * distinct_destinations(c, cards)
+        out = d * (1 + 4 / 128) if numerics.native else d * item  # FP8 codes with their scales
+        back = 2 if numerics.native else 4
+        add("tokens to experts", "all-to-all", ep, rows * out, sparse)
+        add("tokens back", "all-to-all", ep, rows * d * back, sparse)
+    together = not numerics.native and routed == rules.axes("shared_ffn")
+    add("routed experts", "all-reduce", routed, 4 * n * d, sparse)
+    if not together:
+        add("shared experts", "all-reduce", rules.axes("shared_ffn"), 4 * n * d, sparse)
+    return found
+
+
+def hosts_of(placement: Placement, axes: Axes, domain: int) -> tuple[int, int]:
+    """(cards of one domain, domains) that a collective along `axes` joins, cards numbered as the mesh lays them."""
+    extents = placement.layout.rules.extents
+    stride, strides = 1, {}
+    for axis in reversed(list(extents)):
+        strides[axis] = stride
+        stride *= extents[axis]
+    numbers = [
+        sum(at * strides[axis] for at, axis in zip(place, axes, strict=True))
+        for place in product(*(range(extents[axis]) for axis in axes))
+    ]
+    inside = sum(number < domain for number in numbers)
+    return inside, -(-len(numbers) // inside)
+
+
+def seconds(collective: Collective, placement: Placement, chip: Chip) -> float | None:
+    """Time of one kind of exchange in a step; None where the chip's figures lack a link that it needs.
+
+    Inside a domain the ring's bytes over the scale-up links. Across domains by levels: a sum is first made inside, so
+    that only a part of it crosses, over every card's own scale-out link.
+    """
+    if chip.scale_up is None:
+        return None
+    inside, outside = hosts_of(placement, collective.axes, chip.scale_up.cards or 1)
+    if outside > 1 and chip.scale_out is None:
+        return None
+    up = chip.scale_up
+    factor = {"all-reduce": 2.0}.get(collective.kind, 1.0)
+    if collective.kind == "all-to-all":
+        others = collective.cards - 1
+        within = collective.nbytes * (inside - 1) / others
+        across = collective.nbytes * (collective.cards - inside) / others
+    elif collective.kind == "all-gather":  # first across, then inside
+        within = collective.nbytes * (inside - 1) / inside
+        across = collective.nbytes / inside * (outside - 1) / outside
+    else:
+        within = factor * collective.nbytes * (inside - 1) / inside
+        across = factor * collective.nbytes / inside * (outside - 1) / outside
+    time = within / up.bandwidth + (up.latency if inside > 1 else 0.0)
+    if outside > 1 and chip.scale_out is not None:
+        time += across / chip.scale_out.bandwidth + chip.scale_out.latency
+    return collective.times * time
