@@ -12,7 +12,10 @@ from jax import lax
 
 from dsjax.config import Config, V3Config, V4Config
 from dsjax.errors import InputError
-from quant import E2M1, E4M3, QArray, block_scaled_dot, fake_act_quant
+from quant import E2M1, E4M3, QArray, act_dequant, act_quant, block_scaled_dot, fake_act_quant
+
+Rows = jax.Array | tuple[jax.Array, jax.Array]
+"""Activations [T, K], or E4M3 codes uint8 [T, K] and float32 scales [T, K/128] that stand for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +104,18 @@ class Numerics:
 
     def operand(self, x: jax.Array, w: jax.Array | QArray) -> jax.Array:
         """Activations as the product with `w` takes them: through E4M3 in native if w is FP8 or FP4, else unchanged."""
-        if self.native and isinstance(w, QArray) and w.format in (E4M3, E2M1):
-            return fake_act_quant(x, pow2=self.pow2)
-        return x
+        return fake_act_quant(x, pow2=self.pow2) if self._quantises(w) else x
+
+    def quantised(self, x: jax.Array, w: jax.Array | QArray) -> Rows:
+        """`operand` in the fewest bytes: the codes and scales that it stands for, or x as it is."""
+        return act_quant(x, pow2=self.pow2) if self._quantises(w) else x
+
+    def dequantised(self, rows: Rows) -> jax.Array:
+        """`operand` from `quantised`: the same numbers, wherever they were quantised."""
+        return act_dequant(*rows) if isinstance(rows, tuple) else rows
+
+    def _quantises(self, w: jax.Array | QArray) -> bool:
+        return self.native and isinstance(w, QArray) and w.format in (E4M3, E2M1)
 
     def linear(
         self,

@@ -21,9 +21,7 @@ from quant.grouped import (
     experts_at_once,
     group_size,
     group_tokens,
-    grouped_map,
-    grouped_matmul,
-    ungroup,
+    grouped_sum,
 )
 from quant.matmul import (
     FUSED_TOKENS,
@@ -36,6 +34,7 @@ from quant.matmul import (
 )
 from quant.qarray import WHOLE, QArray, dequantise, look_up, retile, split_rows
 from quant.transforms import (
+    act_dequant,
     act_quant,
     dequantise_rows,
     fake_act_quant,
@@ -60,6 +59,7 @@ __all__ = [
     "Format",
     "Groups",
     "QArray",
+    "act_dequant",
     "act_quant",
     "batched_dot",
     "bfloat16_bits",
@@ -73,8 +73,7 @@ __all__ = [
     "fake_quantise",
     "group_size",
     "group_tokens",
-    "grouped_map",
-    "grouped_matmul",
+    "grouped_sum",
     "hadamard",
     "look_up",
     "quantise",
@@ -86,5 +85,4 @@ __all__ = [
     "take_tile",
     "tile_dot",
     "transposed_tile_dot",
-    "ungroup",
 ]

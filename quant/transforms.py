@@ -80,6 +80,19 @@ def act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> tuple[jax.Arra
     return q.codes[..., 0, :], scale_values(q.scales)[..., 0, :]
 
 
+def act_dequant(
+    codes: UInt8[Array, "*batch K"], scales: Float32[Array, "*batch groups"], *, group: int = GROUP
+) -> Float32[Array, "*batch K"]:
+    """float32 [..., K], the numbers that `act_quant` wrote: those of `fake_act_quant`, bit for bit.
+
+    Args:
+      codes: uint8 E4M3 [..., K].
+      scales: float32 [..., ceil(K/group)].
+      group: channels that share a scale.
+    """
+    return dequantise(QArray(codes[..., None, :], scales[..., None, :], E4M3, (1, group)))[..., 0, :]
+
+
 def quantise_rows(
     x: Float[Array, "*batch K"], fmt: Format, group: int
 ) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch groups"]]:

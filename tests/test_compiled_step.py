@@ -86,17 +86,15 @@ def _activation_bytes(tokens: int) -> int:
     - In attention: queries in and out of the latent space (T H K, 2 T H A), three buffers of the context (loop carry,
       its update, its rounded copy: 3 T H C), three of the scores of one key block (scores, exponentials, copy), and the
       key block twice.
-    - Or in the experts: with P = T k assignments in G blocks of g rows, the rows in and out (2 G g D), gate, up, inner
-      and inner quantised (4 G g M), and the outputs gathered back and weighted (2 P D).
+    - Or in the experts: the sum and what it takes rows of (2 T D); in blocks of g rows, one expert at a time, the rows
+      in, out and weighted (3 g D), gate, up, inner and inner quantised (4 g M). Nothing for all assignments.
     - Or in a dense layer: gate, up, inner and inner quantised: 4 T F.
     """
     c, t = CONFIG, tokens
     heads = c.qk_head_dim + 2 * c.latent_dim + 3 * c.kv_lora_rank + 3 * ROW_BLOCK
     attention = t * c.num_attention_heads * heads + 2 * ROW_BLOCK * c.latent_dim
-    assignments = t * c.num_experts_per_tok
-    size = group_size(t, c.num_experts_per_tok, c.n_routed_experts)
-    rows = min(assignments, c.n_routed_experts + assignments // size) * size
-    moe = rows * (2 * c.hidden_size + 4 * c.moe_intermediate_size) + 2 * assignments * c.hidden_size
+    size = group_size(t * c.num_experts_per_tok, c.n_routed_experts)
+    moe = 2 * t * c.hidden_size + size * (3 * c.hidden_size + 4 * c.moe_intermediate_size)
     dense = 4 * t * c.intermediate_size
     return 4 * (4 * t * c.hidden_size + max(attention, moe, dense))
 

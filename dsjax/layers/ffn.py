@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.config import ExpertConfig
-from dsjax.numerics import Numerics
+from dsjax.numerics import Numerics, Rows
 from dsjax.params import Tree
-from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_map, ungroup
-from sharding import UNSPLIT, Rules
+from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_sum
+from sharding import UNSPLIT, Rules, choose_dispatch, expert_parallel
 
 
 def swiglu(
@@ -86,6 +85,11 @@ class Experts(nnx.Module):
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
+    def rows(self, x: Float[Array, "T D"]) -> Rows:
+        """What experts take of every token, as it should travel to them: in native, with FP8 or FP4 experts, E4M3 codes
+        uint8 [T, D] and their float32 scales [T, D/128] (spec V3 4.2); else x."""
+        return self.numerics.quantised(x, self.gate[...])
+
     def __call__(
         self,
         x: Float[Array, "T D"],
@@ -94,37 +98,57 @@ class Experts(nnx.Module):
         valid: Bool[Array, " T"],
         layer: Any,
     ) -> Float32[Array, "T D"]:
-        """sum_j weights[t, j] * expert(choices[t, j])(x[t]), float32 [T, D].
+        """sum_j weights[t, j] * expert(choices[t, j])(x[t]), float32 [T, D], over the experts that are here.
 
         Args:
           x: [T, D].
-          choices, weights: [T, k] from the gate.
+          choices: int32 [T, k], indices into the leaves; -1 where an expert is on another rank.
+          weights: [T, k].
           valid: bool [T]; other tokens get zero and cost nothing.
           layer: index into the stack.
         """
-        tokens, k = choices.shape
-        experts = self.gate[...].shape[-3]  # of this device
-        groups = group_tokens(choices, experts, valid, group_size(tokens, k, experts))
-        gate, up, down = self.gate[...], self.up[...], self.down[...]
-        numerics = self.numerics
-        limit = self.config.swiglu_limit
+        here, everywhere = self.gate[...].shape[1], self.config.n_routed_experts
+        present = valid if here == everywhere else valid[:, None] & (choices >= 0)
+        assignments = -(-choices.size * here // everywhere)
+        rows = self.numerics.operand(x, self.gate[...])
+        return self.partial_sums(rows, choices, weights, present, layer, assignments)
 
-        def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    def partial_sums(
+        self,
+        rows: Rows,
+        choices: Int32[Array, "T k"],
+        weights: Float32[Array, "T k"],
+        present: Bool[Array, " T"] | Bool[Array, "T k"],
+        layer: Any,
+        assignments: int,
+    ) -> Float32[Array, "T D"]:
+        """What the experts of these leaves, all of them or a rank's, add to every token, float32 [T, D].
+
+        Args:
+          rows: [T, ...], from `rows`, on whatever rank; or the activations that those stand for.
+          choices: int32 [T, k], indices into the leaves.
+          weights: float32 [T, k].
+          present: bool [T, k], which of them are to be computed here; [T] where that is the same for all of a token.
+          layer: index into the stack.
+          assignments: how many are expected, which decides how they are grouped and multiplied (`group_size`).
+        """
+        gate, up, down = self.gate[...], self.up[...], self.down[...]
+        numerics, limit, early = self.numerics, self.config.swiglu_limit, self.config.weights_before_down
+        experts = gate.shape[1]
+        operand = numerics.dequantised(rows)
+        groups = group_tokens(choices, experts, present, group_size(assignments, experts))
+
+        def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array) -> jax.Array:
             def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
                 return numerics.round(expert_dot(x, w, chosen, (layer,)))
 
-            weight = None if weight is None else weight[..., None]
-            inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight)
-            return dot(numerics.operand(inner, down), down)
+            weight = weight[..., None]
+            inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight if early else None)
+            out = dot(numerics.operand(inner, down), down)
+            return out if early else out.astype(jnp.float32) * weight
 
-        operand = numerics.operand(x, gate)
-        at_once = experts_at_once(groups, (gate, up, down), operand.dtype)
-        early = self.config.weights_before_down
-        outputs = grouped_map(expert, operand, groups, at_once, weights if early else None)
-        picked = ungroup(outputs, groups).astype(jnp.float32)
-        # As a product, not a sum of products: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer.
-        late = jnp.ones_like(weights) if early else weights
-        return jnp.einsum("tkd,tk->td", picked, late, precision=lax.Precision.HIGHEST)
+        at_once = experts_at_once(groups, (gate, up, down), operand.dtype, assignments)
+        return grouped_sum(expert, operand, groups, at_once, weights)
 
 
 Gate = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -145,12 +169,37 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(numerics, params["shared"], config.swiglu_limit, rules, "shared_ffn")
         self.experts = Experts(config, numerics, params["experts"])
 
-    def _routed(self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
-        """float32 [T, D], still to be summed over "routed": what this device's experts give for its tokens."""
-        here = self.experts.gate[...].shape[-3]
-        local = choices - self.rules.rank("experts") * here
-        local = jnp.where((local >= 0) & (local < here), local, -1)
-        return self.experts(x, local, weights, valid, layer)
+    def _routed(
+        self,
+        x: Float[Array, "T D"],
+        choices: Int32[Array, "T k"],
+        weights: Float32[Array, "T k"],
+        valid: Bool[Array, " T"],
+        layer: Any,
+    ) -> Float32[Array, "T D"]:
+        """What routed experts give, [T, D], still to be summed over "routed".
+
+        Where devices with other experts have other tokens, too, tokens go to their experts and partial sums come back.
+        Else each device takes of its tokens what is for its experts.
+        """
+        rules, experts = self.rules, self.experts
+        axes, here = rules.axes("experts"), experts.gate[...].shape[-3]
+        if not set(axes) & set(rules.axes("slots")):
+            local = choices - rules.rank("experts") * here
+            return experts(x, jnp.where((local >= 0) & (local < here), local, -1), weights, valid, layer)
+        everywhere, how = here * rules.ways("experts"), rules.dispatch
+        if how == "auto":
+            tokens, k = choices.shape
+            how = choose_dispatch(tokens, k, everywhere, rules.ways("experts"))
+
+        def compute(rows: Rows, local: jax.Array, shares: jax.Array) -> jax.Array:
+            # As many assignments come from elsewhere as go there, where experts are equally liked.
+            return experts.partial_sums(rows, local, shares, local >= 0, layer, choices.size)
+
+        back = jnp.bfloat16 if self.numerics.native else jnp.float32
+        return expert_parallel(
+            compute, experts.rows(x), choices, weights, valid, axes=axes, experts=everywhere, how=how, back=back
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any, gate: Gate
