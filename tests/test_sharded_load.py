@@ -183,6 +183,7 @@ def file_bytes(folder: Path, config: Config, ways: Callable[[Row, str], int]) ->
 @pytest.mark.parametrize("in_place", [True, False])
 def test_replicas_are_read_once(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two devices that have everything; and where they are the host's own, they share its memory."""
+    model = golden("v3-fp8-e8m0")
     taken: list[int] = []
     original = Files.read_part
 
@@ -191,7 +192,6 @@ def test_replicas_are_read_once(in_place: bool, monkeypatch: pytest.MonkeyPatch)
         original(self, name, part, out)
 
     monkeypatch.setattr(Files, "read_part", read_part)
-    model = golden("v3-fp8-e8m0")
     where = NamedSharding(make_mesh(Plan(dp=2)), PartitionSpec())
     _, params, stats = load(model.folder, sharding=where, in_place=in_place)
     expected = file_bytes(model.folder, model.config, lambda row, part: 1)
@@ -201,6 +201,12 @@ def test_replicas_are_read_once(in_place: bool, monkeypatch: pytest.MonkeyPatch)
         one, two = (shard.data for shard in array.addressable_shards)
         assert (one.unsafe_buffer_pointer() == two.unsafe_buffer_pointer()) == in_place
         np.testing.assert_array_equal(one, two)
+    kept = np.array(params["norm"])
+    one, two = (shard.data for shard in params["norm"].addressable_shards)
+    out = jax.jit(lambda x: x + 1, donate_argnums=0)(one)
+    assert one.is_deleted()
+    np.testing.assert_array_equal(out, kept + 1)
+    np.testing.assert_array_equal(two, kept)  # who is given one device's memory must not write into the others'
 
 
 @pytest.mark.parametrize(
