@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -35,7 +36,7 @@ class Collective:
       count: how often it runs in one run of the program.
       scope: the named scopes that it was traced in, "moe/dispatch"; "" where XLA does not say.
       unbounded: whether it is in a loop whose number of trips depends on data; `count` takes that loop once.
-      promoted: whether XLA:CPU sums it in float32 though the program says bfloat16: twice the bytes asked for.
+      promoted: whether XLA:CPU sums or moves it in float32 though the program says bfloat16: twice the bytes asked for.
     """
 
     kind: str
@@ -97,13 +98,47 @@ class Totals:
     unbounded: bool
 
 
+_MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
+"""Groups as axes of a mesh: sizes by name, the order of its devices if not counted up, axes or parts of axes."""
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _mesh_group(text: str) -> tuple[int, ...] | None:
+    """Members of the first group in mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b','a':(2)2}; None if it is none.
+
+    'a':(2)2 is the part of extent 2 of axis a that has a part of extent 2 outside it.
+    """
+    found = _MESH.fullmatch(text)
+    if found is None:
+        return None
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+    names = list(sizes)
+    devices = np.arange(math.prod(sizes.values()))
+    if found[2]:
+        devices = devices.reshape(_numbers(found[2])).transpose(_numbers(found[3]) if found[3] else None).reshape(-1)
+    places = np.zeros(1, int)  # in the mesh, of the group's members
+    for name, outside, extent in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[4]):
+        size = int(extent) if extent else sizes[name]
+        stride = math.prod(sizes[n] for n in names[names.index(name) + 1 :])
+        stride *= sizes[name] // (int(outside) * size) if extent else 1
+        places = (places[:, None] + stride * np.arange(size)).reshape(-1)
+    return tuple(int(n) for n in devices[places])
+
+
 def first_group(text: str, devices: int) -> tuple[int, ...]:
-    """Members of the first of the largest groups in `replica_groups=`: {{0,1},{2,3}}, {} or [2,4]<=[4,2]T(1,0).
+    """Members of the first of the largest groups in `replica_groups=`.
+
+    Written as {{0,1},{2,3}}, {}, [2,4]<=[4,2]T(1,0), or mesh['a'=4,'b'=2] {'b'}, as the partitioner does.
 
     Raises:
       ValueError: for any other syntax.
     """
     text = text.strip()
+    if (named := _mesh_group(text)) is not None:
+        return named
     if text.startswith("{"):
         groups = [tuple(map(int, g.split(","))) for g in re.findall(r"\{([\d,\s]+)\}", text) if g.strip()]
         return max(groups, key=len) if groups else tuple(range(devices))
@@ -132,7 +167,8 @@ def _attribute(instruction: Instruction, key: str) -> str:
 
 def _group(instruction: Instruction, kind: str, devices: int) -> tuple[int, ...]:
     if kind != "collective-permute":
-        return first_group(_attribute(instruction, "replica_groups") or "{}", devices)
+        named = re.search(r"\breplica_groups=(mesh\[.*?\{[^}]*\})", instruction.attributes)
+        return first_group(named[1] if named else _attribute(instruction, "replica_groups") or "{}", devices)
     pairs = re.findall(r"\{(\d+),(\d+)\}", _attribute(instruction, "source_target_pairs"))
     return next(((int(a), int(b)) for a, b in pairs if a != b), (0,))
 
@@ -162,6 +198,23 @@ def _scope(instruction: Instruction, program: Program) -> str:
     return ""
 
 
+_MOVES = ("all-gather", "all-to-all", "collective-permute", "collective-broadcast")
+
+
+def _widened(name: str, computation: Computation, program: Program) -> bool:
+    """Whether an array is one of bfloat16 made float32, and nothing more is done with it before it is moved."""
+    at = computation.instructions[name]
+    while at.opcode in ("fusion", "bitcast", "copy", "reshape", "transpose"):
+        if at.opcode == "fusion":
+            computation = program.computations[at.called("calls")[0]]
+            at = computation.instructions[computation.root]
+        else:
+            at = computation.instructions[at.operands[0]]
+    if at.opcode != "convert" or at.arrays[0].dtype != "f32":
+        return False
+    return computation.instructions[at.operands[0]].arrays[0].dtype == "bf16"
+
+
 def _read(instruction: Instruction, computation: Computation, program: Program) -> Collective | None:
     """The collective that an instruction is or starts; None for anything else, and where nobody takes part but one."""
     kind = instruction.opcode.removesuffix("-start")
@@ -181,7 +234,8 @@ def _read(instruction: Instruction, computation: Computation, program: Program) 
         group,
         1,
         _scope(instruction, program),
-        promoted=any(name.endswith("_promoted") for name in instruction.called("to_apply")),
+        promoted=any(name.endswith("_promoted") for name in instruction.called("to_apply"))
+        or (kind in _MOVES and all(_widened(name, computation, program) for name in taken)),
     )
 
 
