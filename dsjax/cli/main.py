@@ -293,8 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = None
     try:
         options = build_parser().parse_args(arguments)
-        group = _join(options)
         if options.run is not plan:  # which starts no backend
+            group = _join(options)
             _start_jax(options)
         status: int = options.run(options)
         if group is not None:
