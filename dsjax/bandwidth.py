@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from dsjax.backend import compiler_options
-from dsjax.checkpoint.load import host_buffer
 from dsjax.checkpoint.orbax import PARAMS, is_converted
+from dsjax.checkpoint.placing import host_buffer
 
 BUFFER_BYTES = 512 << 20
 """Memory read or copied at once: more than the largest shared caches (480 MB) hold."""

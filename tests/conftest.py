@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and shapes and dtypes of public functions checked at run time. Both before JAX starts."""
+"""Sixteen virtual CPU devices; shapes and dtypes of public functions checked at run time. Both before JAX starts."""
 
 from __future__ import annotations
 

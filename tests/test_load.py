@@ -216,7 +216,7 @@ def test_experts_are_split_as_they_are_loaded(in_place: bool) -> None:
     mesh = make_mesh(parse_plan("ep=8"))
 
     def sharding(row: Row, part: str) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(row.logical_axes, {"experts": "ep"}))
+        return NamedSharding(mesh, Rules({"experts": ("ep",)}, mesh.shape).spec(row.logical_axes))
 
     _, params, _ = load(model.folder, sharding=sharding, in_place=in_place)
     for row in _rows("v3-fp8-e8m0"):

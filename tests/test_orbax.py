@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import GOLDENS, SYNTH_SETTINGS, golden, one_shot
+from helpers_sharded import assert_cut
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsjax.checkpoint import load as loading
@@ -23,6 +24,8 @@ from dsjax.checkpoint.load import load
 from dsjax.checkpoint.values import all_finite
 from dsjax.cli.main import main
 from dsjax.errors import InputError
+from dsjax.numerics import Numerics
+from dsjax.parallel import parallel
 from dsjax.params import LINEAR, Row, Tree, build_tree, leaf_shape, table
 from quant import FORMATS, INT8, WHOLE, QArray
 from sharding import Rules, make_mesh, parse_plan
@@ -108,11 +111,12 @@ def test_onto_another_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     before, after = make_mesh(parse_plan("ep=8")), make_mesh(parse_plan("ep=2,tp=4"))
 
     def saved(row: Row, part: str) -> NamedSharding:
-        return NamedSharding(before, partition_spec(row.logical_axes, {"experts": "ep"}))
+        return NamedSharding(before, Rules({"experts": ("ep",)}, before.shape).spec(row.logical_axes))
 
     def wanted(row: Row, part: str) -> NamedSharding:
-        rules = {"experts": "ep", "expert_ffn": "tp", "vocab": "tp"} if part == "codes" else {"experts": ("ep", "tp")}
-        return NamedSharding(after, partition_spec(row.logical_axes, rules))
+        codes = {"experts": ("ep",), "expert_ffn": ("tp",), "vocab": ("tp",)}
+        found = codes if part == "codes" else {"experts": ("ep", "tp")}
+        return NamedSharding(after, Rules(found, after.shape).spec(row.logical_axes))
 
     orbax.save(tmp_path / "O", model.folder, load(model.folder, sharding=saved)[1])
     _, params, stats = load(tmp_path / "O", sharding=wanted)
@@ -121,6 +125,44 @@ def test_onto_another_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {s.data.nbytes for s in gate.codes.addressable_shards} == {gate.codes.nbytes // 8}
     assert {s.data.nbytes for s in gate.scales.addressable_shards} == {gate.scales.nbytes // 8}
     assert stats.bytes > sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # replicas count
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "attention"),
+    [
+        ("v3-fp8-partial", "tp=4", "heads"),
+        ("v3-fp8-e8m0", "ep=4,tp=2", "slots"),
+        ("v4-flash", "tp=4", "heads"),
+        ("qwen2-tied", "dp=2,tp=2", "heads"),
+    ],
+)
+def test_onto_shards_that_cut_blocks(
+    name: str, plan: str, attention: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Scales become finer on the devices; saved again so, they come back so, and are cut once more."""
+    folder, model = converted(name), golden(name)
+    meshed = parallel(model.config, parse_plan(plan), Numerics("plain"), attention=attention)
+    _, params, stats = load(folder, mtp=None, sharding=meshed.sharding, cut=meshed.cut)
+    finer = assert_cut(params, model.params, meshed)
+    assert (finer > 0) == (name != "qwen2-tied")
+    assert stats.bytes == sum(s.data.nbytes for a in jax.tree.leaves(params) for s in a.addressable_shards)
+    assert stats.needed_bytes <= stats.read_bytes
+    if name == "v3-fp8-partial":
+        orbax.save(tmp_path / "O", folder, params)
+        same(load(tmp_path / "O", mtp=None)[1], params)
+        twice = parallel(model.config, parse_plan("tp=2"), Numerics("plain"))
+        again = load(tmp_path / "O", mtp=None, sharding=twice.sharding, cut=twice.cut)[1]
+        same(again, params)  # already as fine as two devices need
+        assert again["dense"]["ffn"]["down"].codes.sharding.mesh.size == 2
+
+
+def test_scales_per_row_onto_a_mesh(tmp_path: Path) -> None:
+    """INT8: where a row is split, each device that holds a part has the row's scale."""
+    params = other_format("v3-fp8-partial")
+    orbax.save(tmp_path / "O", GOLDENS / "v3-fp8-partial", params)
+    meshed = parallel(golden("v3-fp8-partial").config, parse_plan("tp=2"), Numerics("plain"))
+    loaded = load(tmp_path / "O", sharding=meshed.sharding, cut=meshed.cut)[1]
+    assert assert_cut(loaded, params, meshed) == 0
 
 
 def other_format(name: str) -> Tree:

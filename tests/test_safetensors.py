@@ -167,6 +167,36 @@ def test_unaligned_data_of_other_writers(tmp_path: Path) -> None:
         np.testing.assert_array_equal(files.read("b"), np.frombuffer(path.read_bytes()[-8:], F32))
 
 
+@pytest.mark.parametrize("code", ["F8_E4M3", "BF16", "F32", "I64"])
+def test_any_part_of_a_tensor(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At an odd address. Rows are read in one piece, of their size; columns are copied, nothing is read for them."""
+    dtype, (n, k) = DTYPES[code], (70, 90)
+    expected = random_array(dtype, (n, k), 3)
+    header = {"x": entry(0, 3, (3,), "U8"), "w": entry(3, 3 + expected.nbytes, (n, k), code)}
+    path = save_single(tmp_path, header, 3 + expected.nbytes)
+    path.write_bytes(path.read_bytes()[: -expected.nbytes] + expected.tobytes())
+    taken, original = [], os.preadv
+
+    def preadv(descriptor: int, buffers: list[Any], offset: int) -> int:
+        taken.append(original(descriptor, buffers, offset))
+        return taken[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    random = np.random.default_rng(5)
+    with Files.open(tmp_path) as files:
+        for i in range(40):
+            (a, b), (c, d) = (sorted(random.choice(size + 1, 2, replace=False)) for size in (n, k))
+            c, d = (0, k) if i % 2 else (c, d)
+            out = np.empty((b - a, d - c), dtype)
+            files.read_part("w", (slice(a, b), slice(c, d)), out)
+            assert_same(out, expected[a:b, c:d])
+            assert sum(taken) == (out.nbytes if d - c == k else 0)
+            taken.clear()
+        one = np.empty(2, np.uint8)
+        files.read_part("x", (slice(1, 3),), one)
+        assert_same(one, files.read("x")[1:])
+
+
 @pytest.mark.parametrize("metadata", [{}, {"__metadata__": {"format": "pt"}}])
 def test_file_without_tensors(tmp_path: Path, metadata: dict[str, Any]) -> None:
     save_single(tmp_path, metadata, 0)
@@ -516,7 +546,12 @@ def test_file_that_shrinks_after_opening(tmp_path: Path, keep: int) -> None:
     path = save_single(tmp_path, {"w": GOOD, "the.tensor": entry(8, 408, (100,))}, 408)
     with Files.open(tmp_path) as files:
         os.truncate(path, keep)
-        for read in (files.read, lambda name: files.read_into(name, np.empty(400, np.uint8))):
+        part = (slice(0, 100),)
+        for read in (
+            files.read,
+            lambda name: files.read_into(name, np.empty(400, np.uint8)),
+            lambda name: files.read_part(name, part, np.empty(100, np.float32)),
+        ):
             with pytest.raises(InputError, match=r"model\.safetensors: tensor 'the\.tensor'"):
                 read("the.tensor")
 

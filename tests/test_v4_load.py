@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from damage import Tensors, edit_json, rewrite
 from helpers import V4_SETTINGS
+from helpers_sharded import assert_cut
 from jax.sharding import Mesh, NamedSharding
 
 from dsjax.checkpoint import load as loading
@@ -24,6 +25,8 @@ from dsjax.checkpoint.names import open_files
 from dsjax.checkpoint.safetensors import DTYPES, Files
 from dsjax.config import load_config
 from dsjax.errors import InputError
+from dsjax.numerics import Numerics
+from dsjax.parallel import parallel
 from dsjax.params import INTEGER, VECTOR, Row, Tree, abstract_params, table, tree_bytes
 from dsjax.synth import synth_config, synthesise
 from quant import BF16, E2M1, E4M3, INT8, QArray
@@ -283,11 +286,12 @@ def test_conversions_equal_numpy(weights: str, v4_folder: Path, stored: Tree) ->
 def test_staged_in_place_and_sharded_are_one(weights: str, v4_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small regions and shards that cut rows, packed columns and groups."""
     one = load(v4_folder, weights=weights)[1]
-    rules = {"heads": "ep", "experts": "ep", "expert_ffn": "tp", "vocab": "tp", "shared_ffn": "tp"}
+    of_ep = dict.fromkeys(("heads", "experts"), ("ep",))
+    of_tp = dict.fromkeys(("expert_ffn", "vocab", "shared_ffn"), ("tp",))
 
     def split(mesh: Mesh, row: Row, part: str) -> NamedSharding:
         axes = row.logical_axes if part == "codes" else row.logical_axes[:1]
-        return NamedSharding(mesh, partition_spec(axes, rules))
+        return NamedSharding(mesh, Rules(of_ep | of_tp, mesh.shape).spec(axes))
 
     monkeypatch.setattr(loading, "STAGING_BYTES", 3000)
     mesh = make_mesh(parse_plan("ep=2,tp=2"))
@@ -296,6 +300,33 @@ def test_staged_in_place_and_sharded_are_one(weights: str, v4_folder: Path, monk
         _, params, stats = load(v4_folder, in_place=False)
         same(params, one)
         assert stats.peak_staging_bytes <= 3000
+
+
+@pytest.mark.parametrize("weights", ["stored", "float32", "int8"])
+@pytest.mark.parametrize(
+    ("plan", "attention", "groups"),
+    [
+        ("tp=4", "heads", "split"),
+        ("tp=4", "heads", "gather"),
+        ("ep=4,tp=2", "slots", "split"),
+        ("ep=2", "heads", "split"),
+    ],
+)
+def test_onto_a_mesh(plan: str, attention: str, groups: str, weights: str, v4_folder: Path, tmp_path: Path) -> None:
+    """Twice as many devices as output groups; groups of 32 channels cut to 10 and 20, the short last one, too."""
+    config = load_config(v4_folder)
+    whole = load(v4_folder, mtp=True, weights=weights)[1]
+    meshed = parallel(config, parse_plan(plan), Numerics("plain"), attention=attention, o_groups=groups)
+    params = load(v4_folder, mtp=True, weights=weights, sharding=meshed.sharding, cut=meshed.cut)[1]
+    finer = assert_cut(params, whole, meshed)
+    assert (finer > 0) == (weights == "stored")
+    down = params["layers"]["experts"]["down"]
+    if weights == "stored":
+        assert down.block == {"tp=4": (1, 2), "ep=4,tp=2": (1, 4), "ep=2": (1, 32)}[plan]
+    if plan != "ep=2":
+        return
+    orbax.save(tmp_path / "O", v4_folder, params)
+    same(load(tmp_path / "O", mtp=True, sharding=meshed.sharding, cut=meshed.cut)[1], params)
 
 
 def test_orbax_brings_every_bit_back(v4_folder: Path, tmp_path: Path, stored: Tree) -> None:

@@ -191,22 +191,32 @@ def check_values(files: Files, config: Config, row: Row, part: str, name: str, v
         raise InputError(f"{where}: expected {expected}, found {found}")
 
 
-def check_copies(files: Files, row: Row, original: Row) -> None:
+def check_copies(files: Files, row: Row, original: Row, share: int = 0, shares: int = 1) -> int:
     """Refuses an MTP embedding or head that differs from the main model's, which it must repeat.
+
+    Args:
+      files: of the checkpoint.
+      row, original: the copy, and what it repeats.
+      share, shares: which of so many equal parts of the rows to compare: each process has one, all of them see all.
+
+    Returns:
+      The bytes that were compared, of both.
 
     Raises:
       InputError: naming both tensors.
     """
     (_, name), (_, source) = next(row.tensors()), next(original.tensors())
     a, b = files.read(name), files.read(source)
+    start, stop = (a.shape[0] * i // shares for i in (share, share + 1))
     same = a.dtype == b.dtype and all(
-        np.array_equal(a[i : i + 4096].view(np.uint8), b[i : i + 4096].view(np.uint8))
-        for i in range(0, a.shape[0], 4096)
+        np.array_equal(a[i : min(i + 4096, stop)].view(np.uint8), b[i : min(i + 4096, stop)].view(np.uint8))
+        for i in range(start, stop, 4096)
     )
     files.release(name)
     files.release(source)
     if not same:
         raise InputError(f"{files[name].path}: tensor {name}: expected a copy of {source}, found other values")
+    return a[start:stop].nbytes + b[start:stop].nbytes
 
 
 def problems(files: Files, config: Config) -> Iterator[str]:

@@ -35,13 +35,14 @@ from dsjax.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from dsjax.checkpoint.placing import extents, local_parts, undivided
 from dsjax.checkpoint.quiet import Failed, call
 from dsjax.checkpoint.values import all_below, all_finite
 from dsjax.config import Config, load_config
 from dsjax.errors import InputError
 from dsjax.files import check_space, new_folder
-from dsjax.params import INTEGER, Path, Row, Tree, build_tree, is_mtp, table, tree_bytes
-from quant import QArray
+from dsjax.params import INTEGER, Path, Row, Stored, Tree, build_tree, is_mtp, table, tree_bytes
+from quant import WHOLE, QArray, retile
 
 PARAMS = "params"
 CHUNK_BYTES = 32 << 20  # the least that a reader fetches at once
@@ -167,12 +168,34 @@ class _Wanted:
     dtype: None = None
 
 
+def bytes_read() -> int:
+    """Bytes that this process has read from files, by the count of the library that reads them for Orbax."""
+    import tensorstore
+
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+
+def _cut_block(row: Row, leaf: Any, cut: Callable[[Row, Stored], Stored]) -> tuple[int, int]:
+    """The block that a saved leaf's scales are to have."""
+    if not isinstance(leaf, QArray) or leaf.scales is None:
+        return leaf.block if isinstance(leaf, QArray) else (1, WHOLE)
+    scales = "e8m0" if leaf.scales.dtype == np.uint8 else "f32"
+    return cut(row, Stored(leaf.format.name, scales, leaf.block)).block
+
+
+def _finer(leaf: QArray, block: tuple[int, int], where: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """A program that makes the scales of such a leaf finer, each device those of its part."""
+    return jax.jit(lambda scales: retile(dataclasses.replace(leaf, scales=scales), block).scales, out_shardings=where)
+
+
 class Converted:
     """A converted folder whose dsjax.json agrees with config and files. Nothing of its arrays is read yet.
 
     Attributes:
       config: the config it was opened with.
       leaves: every parameter's leaf, abstract, by path.
+      needed_bytes: of the leaves that were loaded, the saved bytes of this process's parts, each once.
     """
 
     def __init__(self, folder: FilePath, config: Config) -> None:
@@ -180,6 +203,7 @@ class Converted:
         self.config = config
         self.leaves = read_manifest(folder)
         check_leaves(self.leaves, config, folder / MANIFEST)
+        self.needed_bytes = 0
         self._params = (folder / PARAMS).absolute()
         if not os.path.isdir(self._params):
             raise InputError(f"{self._params}: expected an Orbax checkpoint, found none")
@@ -202,6 +226,9 @@ class Converted:
                 stored = call(lambda: ocp.load(self._params, tree, checkpointable_name="state"))
         except Failed as e:
             raise InputError(f"{error}: expected {wanted}, found it unreadable: {e}") from None
+        self.needed_bytes += sum(
+            math.prod(extents(part)) * like.dtype.itemsize for part in local_parts(where, like.shape)
+        )
         found = dict(flatten(stored)).get(name)
         if not isinstance(found, jax.Array):
             raise InputError(f"{error}: expected {wanted}, found none")
@@ -209,12 +236,21 @@ class Converted:
             raise InputError(f"{error}: expected {wanted}, found {found.dtype}")
         return found
 
-    def leaf(self, row: Row, sharding: Callable[[Row, str], Sharding], *, in_place: bool = True) -> Any:
+    def leaf(
+        self,
+        row: Row,
+        sharding: Callable[[Row, str], Sharding],
+        *,
+        cut: Callable[[Row, Stored], Stored] = lambda row, held: held,
+        in_place: bool = True,
+    ) -> Any:
         """Reads one leaf straight into its shardings; each device's part alone is read.
 
         Args:
           row: of the table.
           sharding: a function of (row, "codes" or "scales").
+          cut: makes scale blocks finer where a device's part would cut one. Scales are then read in whole along the
+            axes where that is so, and made finer on the devices.
           in_place: look for NaN on the host where the array lies there; False does it on the device.
 
         Raises:
@@ -222,10 +258,15 @@ class Converted:
         """
         template = self.leaves[row.path]
         quantised = isinstance(template, QArray)
+        block = _cut_block(row, template, cut)
         loaded: dict[str, Any] = {}
         for part, like in leaf_parts(template).items():
             name = (*row.path, part) if quantised else row.path
-            loaded[part] = array = self._array(name, like, sharding(row, part))
+            where = sharding(row, part)
+            if part == "scales" and template.block[1] == WHOLE:  # for every device that holds a part of the row
+                where = undivided(where, len(like.shape), -1)
+            changed = [i - 2 for i in range(2) if part == "scales" and block[i] != template.block[i]]
+            loaded[part] = array = self._array(name, like, undivided(where, len(like.shape), *changed))
             fmt = template.format.name if quantised and part == "codes" else "f32"
             fmt = "e8m0" if part == "scales" and array.dtype == np.uint8 else fmt
             if row.storage == INTEGER and not all_below(array, self.config.n_routed_experts):
@@ -237,7 +278,9 @@ class Converted:
                 raise InputError(
                     f"{self._params}: array {'.'.join(name)}: expected finite values, found NaN or infinity"
                 )
-        return dataclasses.replace(template, **loaded) if quantised else loaded["codes"]
+            if changed:
+                loaded[part] = _finer(template, block, where)(array)
+        return dataclasses.replace(template, **loaded, block=block) if quantised else loaded["codes"]
 
     def rows(self, *, mtp: bool) -> tuple[Row, ...]:
         """The table's rows that are loaded."""
@@ -249,12 +292,13 @@ class Converted:
         seen: Callable[[Any], None],
         *,
         mtp: bool,
+        cut: Callable[[Row, Stored], Stored] = lambda row, held: held,
         in_place: bool = True,
     ) -> Tree:
         """The parameters, one leaf read at a time; `seen` is told each. Others as for `rows` and `leaf`."""
 
         def leaf(row: Row) -> Any:
-            loaded = self.leaf(row, sharding, in_place=in_place)
+            loaded = self.leaf(row, sharding, cut=cut, in_place=in_place)
             seen(loaded)
             return loaded
 

@@ -23,7 +23,8 @@ _E2M1_VALUES = np.arange(16, dtype=np.uint8).view(E2M1.dtype).astype(np.float32)
 _E2M1_PAIRS = np.stack([np.tile(_E2M1_VALUES, 16), np.repeat(_E2M1_VALUES, 16)], axis=-1)  # [byte, low then high]
 
 
-def _pieces(rows: slice, width: int) -> Iterator[slice]:
+def pieces(rows: slice, width: int) -> Iterator[slice]:
+    """Rows of a matrix of this width, a few at a time."""
     step = max(1, _PIECE // max(width, 1))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
@@ -35,15 +36,31 @@ class Source:
 
     Attributes:
       elements: [N, K], E4M3 without NaN or a float type; of E2M1 its packed codes [N, K/2], any type of a byte.
-      scales: float32 [ceil(N/bn), ceil(K/bk)] of E4M3 and E2M1 elements; None for floats.
+      scales: float32 or E8M0 [ceil(N/bn), ceil(K/bk)] of E4M3 and E2M1 elements; None for floats.
       block: (bn, bk).
       packed: whether the elements are E2M1.
+
+    Elements and scales may be views of a file: what is asked for is all that is read.
     """
 
     elements: np.ndarray
     scales: np.ndarray | None
     block: tuple[int, int]
     packed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]."""
+        n, k = self.elements.shape
+        return n, 2 * k if self.packed else k
+
+    def _scales_of(self, rows: slice, columns: slice) -> np.ndarray:
+        """float32 scales [rows, blocks that the columns touch]."""
+        assert self.scales is not None
+        bn, bk = self.block
+        first = rows.start // bn
+        scales = self.scales[first : -(-rows.stop // bn), columns.start // bk : -(-columns.stop // bk)]
+        return scales.astype(np.float32)[np.arange(rows.start, rows.stop) // bn - first]
 
     def _decode(self, rows: slice, columns: slice) -> np.ndarray:
         """float32 [rows, columns], elements without their scales."""
@@ -59,48 +76,51 @@ class Source:
         """float32 [rows, columns] = element * scale, rounded once; any part, whatever blocks it cuts."""
         if self.scales is None:
             return self.elements[rows, columns].astype(np.float32)
-        bn, bk = self.block
-        first = columns.start // bk
-        scales = self.scales[np.arange(rows.start, rows.stop) // bn, first : -(-columns.stop // bk)]
-        cut = columns.start - first * bk
+        bk = self.block[1]
+        cut = columns.start % bk
         values = self._decode(rows, columns)
-        values *= np.repeat(scales, bk, axis=1)[:, cut : cut + values.shape[1]]
+        values *= np.repeat(self._scales_of(rows, columns), bk, axis=1)[:, cut : cut + values.shape[1]]
         return values
 
-    def row_scales(self) -> np.ndarray:
-        """float32 [N, 1], INT8 scales: each row's amax / 127; for a row of zeros the smallest normal number."""
-        n, stored_width = self.elements.shape
-        amax = np.empty((n, 1), np.float32)
-        for rows in _pieces(slice(0, n), stored_width):
+    def row_scales(self, rows: slice) -> np.ndarray:
+        """float32 [rows, 1], INT8 scales: each row's amax / 127; for a row of zeros the smallest normal number."""
+        stored_width, columns = self.elements.shape[1], slice(0, self.shape[1])
+        amax = np.empty((rows.stop - rows.start, 1), np.float32)
+        for piece in pieces(rows, stored_width):
             if self.scales is None:
-                magnitudes = np.abs(self.values(rows, slice(0, stored_width)))
+                magnitudes = np.abs(self.values(piece, columns))
             else:
                 # Without their sign, codes are ordered as the values are: a block's largest is decoded, not all.
-                bn, bk = self.block
-                codes, table = self.elements[rows].view(np.uint8), _E4M3_VALUES
+                bk = self.block[1]
+                codes, table = self.elements[piece].view(np.uint8), _E4M3_VALUES
                 if self.packed:
                     codes, table, bk = np.maximum(codes & 7, codes >> 4 & 7), _E2M1_VALUES, bk // 2
                 largest = np.maximum.reduceat(codes & 0x7F, np.arange(0, stored_width, bk), axis=1)
-                magnitudes = table[largest] * np.abs(self.scales[np.arange(rows.start, rows.stop) // bn])
-            magnitudes.max(axis=1, keepdims=True, out=amax[rows])
+                magnitudes = table[largest] * np.abs(self._scales_of(piece, columns))
+            magnitudes.max(axis=1, keepdims=True, out=amax[piece.start - rows.start : piece.stop - rows.start])
         return np.maximum(amax / np.float32(INT8.max), np.finfo(np.float32).tiny)
 
 
-def _block_scales(source: Source, block: tuple[int, int]) -> np.ndarray:
-    """float32 [ceil(N/bn), ceil(K/bk)], E4M3 scales: each block's amax / 448, as `quant.quantise` takes them."""
-    (n, k), (bn, bk) = source.elements.shape, block
-    amax = np.empty((-(-n // bn), -(-k // bk)), np.float32)
-    for i in range(amax.shape[0]):
-        values = source.values(slice(i * bn, min((i + 1) * bn, n)), slice(0, k))
-        amax[i] = np.maximum.reduceat(np.abs(values).max(axis=0), np.arange(0, k, bk))
+def _block_scales(source: Source, block: tuple[int, int], rows: slice, columns: slice) -> np.ndarray:
+    """float32, E4M3 scales: the amax / 448 of each block of some rows and columns, as `quant.quantise` takes them."""
+    (bn, bk), width = block, columns.stop - columns.start
+    starts = range(rows.start, rows.stop, bn)
+    amax = np.empty((len(starts), -(-width // bk)), np.float32)
+    for i, start in enumerate(starts):
+        values = source.values(slice(start, min(start + bn, rows.stop)), columns)
+        amax[i] = np.maximum.reduceat(np.abs(values).max(axis=0), np.arange(0, width, bk))
     return np.maximum(amax, np.float32(AMAX_FLOOR)) / np.float32(E4M3.max)
 
 
-def new_scales(source: Source, held: Stored) -> np.ndarray | None:
-    """float32 scales of a whole tensor for a format that it is to be held in: "int8" by row, "e4m3" by block."""
-    if held.format == "int8":
-        return source.row_scales()
-    return _block_scales(source, held.block) if held.format == "e4m3" else None
+def new_scales(source: Source, held: Stored, rows: slice, columns: slice) -> np.ndarray:
+    """float32 scales of a format that a tensor is to be held in.
+
+    Args:
+      source: the stored tensor.
+      held: "int8", a scale per row, or "e4m3", one per block.
+      rows, columns: whole blocks, or all there is of them; whole rows for INT8.
+    """
+    return source.row_scales(rows) if held.format == "int8" else _block_scales(source, held.block, rows, columns)
 
 
 def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
@@ -119,9 +139,9 @@ def fill(
       source: the stored tensor.
       rows, columns: the part.
       held: "f32", "bf16", "int8" or "e4m3".
-      scales: of the whole tensor, from `new_scales`.
+      scales: from `new_scales`, of the whole tensor, or with any numbers where the part does not touch them.
     """
-    for piece in _pieces(rows, columns.stop - columns.start):
+    for piece in pieces(rows, columns.stop - columns.start):
         values = source.values(piece, columns)
         target = out[piece.start - rows.start : piece.stop - rows.start]
         if held.format == "int8":

@@ -115,11 +115,12 @@ def _ffn_bytes(placement: Placement, n: int, item: int) -> int:
 def workspace_bytes(placement: Placement, slots: int, tokens: int) -> int:
     """Beside activations: the largest matrix, decoded for its product, and rows on their way to experts and back."""
     item = 4 if placement.numerics.dtype == "float32" else 2
-    decoded = max(
+    matrices = [
         leaf.shape[-2] * leaf.shape[-1] * item
         for row, leaf in placement.leaves
         if isinstance(leaf, QArray) and (row.path != ("embed",) or placement.config.tie_word_embeddings)
-    )
+    ]
+    decoded = max(matrices, default=0)  # a model held in float32 decodes none
     exchanged = 0
     if dispatch_axes(placement):
         c = placement.config

@@ -1,0 +1,121 @@
+"""Small models of every family with enough heads, experts and groups for sixteen devices, and what one device gives."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from helpers import FLOAT32, V4_SETTINGS
+
+from dsjax.checkpoint.load import load
+from dsjax.config import Config, load_config
+from dsjax.generate import Engine
+from dsjax.numerics import Numerics
+from dsjax.parallel import Parallel, load_onto, parallel
+from dsjax.synth import synth_config, synthesise
+from sharding import parse_plan
+
+_LATENT = {
+    "hidden_size": 96,
+    "vocab_size": 320,
+    "intermediate_size": 160,
+    "num_attention_heads": 16,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+}
+_INDEX = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 12}
+_DENSE = {"hidden_size": 96, "vocab_size": 320, "intermediate_size": 160, "num_attention_heads": 16, "head_dim": 8}
+
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "v3": ("deepseek-v3.1", 2, _LATENT),
+    "v32": ("deepseek-v3.2", 2, _LATENT | _INDEX),
+    "v4": (
+        "deepseek-v4-flash",
+        5,
+        V4_SETTINGS
+        | {
+            "num_attention_heads": 16,
+            "o_groups": 4,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "o_lora_rank": 16,
+        }
+        | {"moe_intermediate_size": 64},
+    ),
+    "qwen2": ("deepseek-r1-distill-qwen-7b", 2, _DENSE | {"num_key_value_heads": 4}),
+    "llama": ("deepseek-r1-distill-llama-8b", 2, _DENSE | {"num_key_value_heads": 2}),
+}
+"""Preset, layers, settings. FP8 blocks and groups of FP4 are cut by almost every plan."""
+
+PLANS = {
+    "v3": ["tp=2", "ep=4", "dp=2", "dp=2,ep=2,tp=2", "ep=16", "tp=16", "ep=4,tp=4", "ep=4/slots", "dp=2,ep=4,tp=2/slots"],
+    "v32": ["tp=4", "ep=8", "dp=4", "dp=2,ep=2,tp=4", "ep=16/slots", "ep=4,tp=2/slots", "tp=16"],
+    "v4": [
+        "tp=4", "tp=8", "tp=16", "tp=8/gather", "ep=16", "ep=4,tp=4/gather", "dp=2,ep=2,tp=2", "ep=4/slots",
+        "dp=2,ep=2,tp=4/slots",
+    ],
+    "qwen2": ["tp=2", "tp=4", "tp=8", "tp=16", "dp=4", "dp=2,tp=8"],
+    "llama": ["tp=2", "tp=4", "tp=8", "tp=16", "dp=2", "dp=8,tp=2"],
+}  # fmt: skip
+"""Plans by family: `dp=..,ep=..,tp=..`, then how attention is split or what shares an output group."""
+
+TOKENS = np.random.default_rng(17).integers(2, 320, (3, 16))
+PROMPTS = [[5, 6, 7], TOKENS[0, :11].tolist(), [9]]
+
+
+@lru_cache
+def folder(name: str) -> Path:
+    """A checkpoint of the family, as DeepSeek writes it."""
+    preset, layers, settings = MODELS[name]
+    where = Path(mkdtemp(prefix=f"dsjax-{name}-")) / "model"
+    synthesise(where, synth_config(preset, layers=layers, settings=settings), template=preset)
+    return where
+
+
+def arrange(config: Config, plan: str, numerics: Numerics = FLOAT32, **options: Any) -> Parallel:
+    """A plan as `PLANS` writes it, on the first virtual devices."""
+    mesh, _, how = plan.partition("/")
+    options |= {"slots": {"attention": "slots"}, "gather": {"o_groups": "gather"}}.get(how, {})
+    return parallel(config, parse_plan(mesh), numerics, **options)
+
+
+@lru_cache
+def one_engine(name: str, numerics: Numerics = FLOAT32, weights: str = "stored") -> Engine:
+    """The whole model on one device, its draft module too where it has one."""
+    config = load_config(folder(name))
+    numerics = numerics.for_checkpoint(config, weights)
+    config, params, _ = load(folder(name), mtp=None, weights=weights)
+    return Engine(config, params, numerics)
+
+
+def engine_on(name: str, plan: str, numerics: Numerics = FLOAT32, weights: str = "stored", **options: Any) -> Engine:
+    """The model on a mesh."""
+    config = load_config(folder(name))
+    numerics = numerics.for_checkpoint(config, weights)
+    many = arrange(config, plan, numerics, **options)
+    config, params, _ = load_onto(many, folder(name), mtp=None, weights=weights)
+    return Engine(config, params, numerics, parallel=many)
+
+
+@lru_cache
+def scored(name: str, chunk: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """One device's logits of TOKENS in chunks, and the draft's."""
+    return one_engine(name).score(part(chunk), mtp=name.startswith("v"), chunk=chunk)
+
+
+def part(chunk: int) -> np.ndarray:
+    """TOKENS as prefill; of a chunk of one, the first few as decode."""
+    return TOKENS if chunk > 1 else TOKENS[:, :4]
