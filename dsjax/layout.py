@@ -38,11 +38,11 @@ from dsjax.params import (
 )
 from quant import WHOLE, QArray
 from quant.transforms import GROUP
-from sharding import Axes, Plan, Rules, inner_axes, mesh_axes
+from sharding import DISPATCHES, Axes, Plan, Rules, inner_axes, mesh_axes
 
 ATTENTION = ("heads", "slots")
 O_GROUPS = ("split", "gather")
-DISPATCH = ("auto", "replicated", "all-to-all", "ragged")
+DISPATCH = ("auto", *DISPATCHES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,6 +154,9 @@ def parallel(
         mesh = make_mesh(plan, found.inner, devices)
     except ValueError as e:
         raise InputError(str(e)) from None
+    platform = mesh.devices.flat[0].platform
+    if dispatch == "ragged" and platform == "cpu":
+        raise InputError("--dispatch ragged: expected a platform with ragged_all_to_all, found cpu")
     return Parallel(config, found, mesh, spmd)
 
 

@@ -61,16 +61,18 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
 """Preset, layers, settings. FP8 blocks and groups of FP4 are cut by almost every plan."""
 
 PLANS = {
-    "v3": ["tp=2", "ep=4", "dp=2", "dp=2,ep=2,tp=2", "ep=16", "tp=16", "ep=4,tp=4", "ep=4/slots", "dp=2,ep=4,tp=2/slots"],
-    "v32": ["tp=4", "ep=8", "dp=4", "dp=2,ep=2,tp=4", "ep=16/slots", "ep=4,tp=2/slots", "tp=16"],
+    "v3": ["tp=2", "ep=4", "dp=2", "dp=2,ep=2,tp=2", "ep=16", "tp=16", "ep=4,tp=4", "ep=4/slots",
+        "ep=8/sent", "dp=2,ep=4,tp=2/slots"],
+    "v32": ["tp=4", "ep=8", "dp=4", "dp=2,ep=2,tp=4", "ep=16/slots", "ep=4,tp=2/sent", "tp=16"],
     "v4": [
         "tp=4", "tp=8", "tp=16", "tp=8/gather", "ep=16", "ep=4,tp=4/gather", "dp=2,ep=2,tp=2", "ep=4/slots",
-        "dp=2,ep=2,tp=4/slots",
+        "dp=2,ep=2,tp=4/sent",
     ],
     "qwen2": ["tp=2", "tp=4", "tp=8", "tp=16", "dp=4", "dp=2,tp=8"],
     "llama": ["tp=2", "tp=4", "tp=8", "tp=16", "dp=2", "dp=8,tp=2"],
 }  # fmt: skip
-"""Plans by family: `dp=..,ep=..,tp=..`, then how attention is split or what shares an output group."""
+"""Plans by family: `dp=..,ep=..,tp=..`, then "slots" (attention by slots), "sent" (tokens
+to their experts, even few), or "gather" (output groups copied)."""
 
 TOKENS = np.random.default_rng(17).integers(2, 320, (3, 16))
 PROMPTS = [[5, 6, 7], TOKENS[0, :11].tolist(), [9]]
@@ -88,7 +90,10 @@ def folder(name: str) -> Path:
 def arrange(config: Config, plan: str, numerics: Numerics = FLOAT32, **options: Any) -> Parallel:
     """A plan as `PLANS` writes it, on the first virtual devices."""
     mesh, _, how = plan.partition("/")
-    options |= {"slots": {"attention": "slots"}, "gather": {"o_groups": "gather"}}.get(how, {})
+    slots = {"attention": "slots"}
+    options |= {"slots": slots, "sent": slots | {"dispatch": "all-to-all"}, "gather": {"o_groups": "gather"}}.get(
+        how, {}
+    )
     return parallel(config, parse_plan(mesh), numerics, **options)
 
 

@@ -240,7 +240,7 @@ def load(
     if not os.path.isdir(folder):  # False, not OSError, for a name that cannot be one
         raise InputError(f"{folder}: expected a checkpoint folder, found none")
     config = load_config(folder)
-    single = sharding or SingleDeviceSharding(jax.devices()[0])
+    single = sharding or SingleDeviceSharding(jax.local_devices()[0])
     where: ArraySharding = (lambda row, part: single) if isinstance(single, Sharding) else single
     if orbax.is_converted(folder):
         if weights != "stored":

@@ -307,7 +307,7 @@ class Converted:
 
 def problems(folder: FilePath, config: Config) -> Iterator[str]:
     """Everything that is wrong with the values, one line each; for `inspect --check`."""
-    converted, device = Converted(folder, config), SingleDeviceSharding(jax.devices()[0])
+    converted, device = Converted(folder, config), SingleDeviceSharding(jax.local_devices()[0])
     for row in converted.rows(mtp=converted.has_mtp):
         try:
             converted.leaf(row, lambda row, part: device)

@@ -30,8 +30,14 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """What is not a result goes to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """What is not a result goes to standard error; of several processes the first speaks."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def show_progress() -> bool:
+    """Whether somebody looks at standard error; of several processes the first speaks."""
+    return sys.stderr.isatty() and jax.process_index() == 0
 
 
 def numerics_of(options: argparse.Namespace) -> Numerics:
@@ -103,6 +109,8 @@ def parallel_of(options: argparse.Namespace, config: Config, numerics: Numerics)
       InputError: if the plan cannot work for this model, or on the devices that are there.
     """
     if options.mesh is None:
+        if jax.process_count() > 1:
+            raise InputError(f"{jax.process_count()} processes: expected --mesh, found none")
         for flag, default in (("attention", "heads"), ("spmd", "manual"), ("dispatch", "auto"), ("o_groups", "split")):
             if getattr(options, flag) != default:
                 raise InputError(f"{_flag(flag)} {getattr(options, flag)}: expected with --mesh, found no --mesh")
@@ -135,7 +143,7 @@ def load_model(
     devices = list(many.mesh.devices.flat) if many else jax.devices()[:1]
     model = planned_model(str(options.model), numerics, options.weights)
     check_memory(model, Load(length, batch), devices, options.mesh, options.attention)
-    config, params, _ = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=sys.stderr.isatty())
+    config, params, _ = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=show_progress())
     return config, params, many
 
 

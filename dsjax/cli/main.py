@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ import jax
 
 from dsjax.cli import verbs
 from dsjax.cli.chat import chat
+from dsjax.cli.many import join, process_flags, refuse_many
 from dsjax.cli.plan import plan, size
 from dsjax.errors import InputError
 from dsjax.generate import CHUNK
@@ -23,6 +25,7 @@ from dsjax.params import WEIGHTS
 from dsjax.plan import RESERVE, chip_names
 from dsjax.presets import PRESETS
 from sharding import Plan, parse_plan
+from sharding.processes import Group
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-length", type=_positive, metavar="N", help="positions per sequence")
     p.add_argument("--batch", type=_positive, default=8, metavar="N", help="prompts at once (default 8)")
     _sampling_flags(p)
+    process_flags(p)
     p.set_defaults(run=verbs.generate)
 
     p = commands.add_parser("chat", parents=[machine], help="talk with a model, line by line")
@@ -188,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-length", type=_positive, metavar="N", help="positions of the conversation (default 32768, or all)"
     )
     _sampling_flags(p)
+    process_flags(p, hidden=True)
     p.set_defaults(run=chat)
 
     p = commands.add_parser("score", parents=[common], help="logits at every position")
@@ -195,6 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="int [B, T], .npy or .json")
     p.add_argument("--logits", type=Path, required=True, metavar="OUT.npy", help="float32 [B, T, V]")
     p.add_argument("--mtp-logits", type=Path, metavar="OUT.npy", help="the draft's, float32 [B, T-1, V]")
+    process_flags(p)
     p.set_defaults(run=verbs.score)
 
     p = commands.add_parser(
@@ -207,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--soak", type=_positive, metavar="N", help="N more decode steps; status 1 if ids change or memory grows"
     )
+    process_flags(p)
     p.set_defaults(run=verbs.bench)
 
     p = commands.add_parser("plan", parents=[result], help="whether a model fits, how, and how fast at best")
@@ -227,14 +234,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _join(options: argparse.Namespace) -> Group | None:
+    """Sets the platform, and meets the other processes of this run, if there are any; no device is touched yet.
+
+    Raises:
+      InputError: naming the flag, or the process.
+    """
+    if options.run in (verbs.synth, verbs.inspect, verbs.convert) and not options.platform:
+        jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
+    if options.platform:
+        jax.config.update("jax_platforms", options.platform)
+    if options.run is chat:
+        refuse_many(options, "chat")
+    return join(options) if options.run in (verbs.generate, verbs.score, verbs.bench) else None
+
+
 def _start_jax(options: argparse.Namespace) -> None:
-    """Sets the platform and the compilation cache, and makes sure that there is a device.
+    """Sets the compilation cache, and makes sure that there is a device.
 
     Raises:
       InputError: naming the flag.
     """
-    if options.platform:
-        jax.config.update("jax_platforms", options.platform)
     if options.compile_cache:
         try:
             options.compile_cache.mkdir(parents=True, exist_ok=True)
@@ -242,8 +262,6 @@ def _start_jax(options: argparse.Namespace) -> None:
             raise InputError(f"--compile-cache {options.compile_cache}: {e.strerror}") from None
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if options.run in (verbs.synth, verbs.inspect, verbs.convert) and not options.platform:
-        jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # jax asserts that a known platform without a device exists
@@ -251,36 +269,56 @@ def _start_jax(options: argparse.Namespace) -> None:
         raise InputError(f"{where}: expected a platform with a device, found none: {e}") from None
 
 
+def _end(group: Group | None, status: int, line: str) -> int:
+    """Says why this process ends, to the user and to the other processes."""
+    if group is not None:
+        group.fail(line, status)
+    print(f"dsjax: {line}", file=sys.stderr)
+    return status
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Returns:
-      0 done, 1 a negative verdict, 2 bad input or environment (one line on standard error).
+      0 done, 1 a negative verdict, 2 bad input or environment (one line on standard error). One of several processes
+      does not return from an error: it ends here, so that it does not wait for the others on its way out.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows a mark instead
         sys.stdout.reconfigure(errors="replace")
+    group = None
     try:
         options = build_parser().parse_args(arguments)
+        group = _join(options)
         if options.run is not plan:  # which starts no backend
             _start_jax(options)
-        return options.run(options)
+        status: int = options.run(options)
+        if group is not None:
+            group.finish()
+        return status
     except InputError as e:
-        print(f"dsjax: {e}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
-        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
-            raise  # a bug of ours or of the compiler's, whose traceback is wanted
-        print(f"dsjax: not enough memory: {' '.join(str(e).split())[:300]}", file=sys.stderr)
-        return 2
+        return _end(group, 2, str(e))
+    except MemoryError as e:
+        return _end(group, 2, f"not enough memory: {_short(e)}")
     except BrokenPipeError:  # the reader of our output went away
+        if group is not None:
+            group.fail("the reader of its output went away", shown="")
         sys.stderr.close()
         return 2
     except OSError as e:  # what no reader or writer of ours has put better
-        print(f"dsjax: {e.filename or 'environment'}: {e.strerror or e}", file=sys.stderr)
-        return 2
+        return _end(group, 2, f"{e.filename or 'environment'}: {e.strerror or e}")
     except KeyboardInterrupt:
-        print("dsjax: interrupted", file=sys.stderr)
-        return 130
+        return _end(group, 130, "interrupted")
+    except Exception as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
+            return _end(group, 2, f"not enough memory: {_short(e)}")
+        if group is not None:
+            group.crash(f"{type(e).__name__}: {_short(e)}", traceback.format_exc())
+        raise  # a bug of ours or of the compiler's, whose traceback is wanted
 
 
 def console() -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -26,6 +25,7 @@ from dsjax.cli.common import (
     parallel_of,
     print_json,
     sampling_of,
+    show_progress,
     stop_ids,
 )
 from dsjax.cli.conversation import LiveReply, reply_text, whole_reply
@@ -95,7 +95,7 @@ def convert(options: argparse.Namespace) -> int:
     """`dsjax convert`."""
     check_new_folder(options.out)
     start = time.perf_counter()
-    _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=sys.stderr.isatty())
+    _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=show_progress())
     saved = orbax.save(options.out, options.model, params).nbytes
     result = {"model": str(options.out), "bytes": saved, "seconds": time.perf_counter() - start}
     if options.json:
@@ -195,6 +195,7 @@ def generate(options: argparse.Namespace) -> int:
 def score(options: argparse.Namespace) -> int:
     """`dsjax score`."""
     paths = [options.logits] + ([options.mtp_logits] if options.mtp_logits else [])
+    paths = paths if jax.process_index() == 0 else []  # one process writes
     for path in paths:
         check_new_file(path)
     if len({path.resolve() for path in paths}) < len(paths):

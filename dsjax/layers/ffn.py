@@ -14,7 +14,7 @@ from dsjax.config import ExpertConfig
 from dsjax.numerics import Numerics, Rows
 from dsjax.params import Tree
 from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_sum
-from sharding import UNSPLIT, Rules
+from sharding import UNSPLIT, Rules, choose_dispatch, expert_parallel
 
 
 def swiglu(
@@ -169,12 +169,37 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(numerics, params["shared"], config.swiglu_limit, rules, "shared_ffn")
         self.experts = Experts(config, numerics, params["experts"])
 
-    def _routed(self, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any) -> jax.Array:
-        """float32 [T, D], still to be summed over "routed": what this device's experts give for its tokens."""
-        here = self.experts.gate[...].shape[-3]
-        local = choices - self.rules.rank("experts") * here
-        local = jnp.where((local >= 0) & (local < here), local, -1)
-        return self.experts(x, local, weights, valid, layer)
+    def _routed(
+        self,
+        x: Float[Array, "T D"],
+        choices: Int32[Array, "T k"],
+        weights: Float32[Array, "T k"],
+        valid: Bool[Array, " T"],
+        layer: Any,
+    ) -> Float32[Array, "T D"]:
+        """What routed experts give, [T, D], still to be summed over "routed".
+
+        Where devices with other experts have other tokens, too, tokens go to their experts and partial sums come back.
+        Else each device takes of its tokens what is for its experts.
+        """
+        rules, experts = self.rules, self.experts
+        axes, here = rules.axes("experts"), experts.gate[...].shape[-3]
+        if not set(axes) & set(rules.axes("slots")):
+            local = choices - rules.rank("experts") * here
+            return experts(x, jnp.where((local >= 0) & (local < here), local, -1), weights, valid, layer)
+        everywhere, how = here * rules.ways("experts"), rules.dispatch
+        if how == "auto":
+            tokens, k = choices.shape
+            how = choose_dispatch(tokens, k, everywhere, rules.ways("experts"))
+
+        def compute(rows: Rows, local: jax.Array, shares: jax.Array) -> jax.Array:
+            # As many assignments come from elsewhere as go there, where experts are equally liked.
+            return experts.partial_sums(rows, local, shares, local >= 0, layer, choices.size)
+
+        back = jnp.bfloat16 if self.numerics.native else jnp.float32
+        return expert_parallel(
+            compute, experts.rows(x), choices, weights, valid, axes=axes, experts=everywhere, how=how, back=back
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], layer: Any, gate: Gate

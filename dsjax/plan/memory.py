@@ -15,7 +15,7 @@ from dsjax.generate import CHUNK, bucket
 from dsjax.layers.mla import choose_form
 from dsjax.layers.query_blocks import GATHER_BYTES, QUERY_BLOCK
 from dsjax.plan.placement import Placement
-from dsjax.plan.traffic import dispatch_axes, distinct_destinations, gathered_slots
+from dsjax.plan.traffic import dispatch, gathered_slots
 from quant import QArray
 
 RESERVE = 3_000_000_000
@@ -105,10 +105,11 @@ def _ffn_bytes(placement: Placement, n: int, item: int) -> int:
     if isinstance(c, DenseConfig):
         return n * width * (2 * item + 4)
     shared = c.n_shared_experts * c.moe_intermediate_size // placement.ways("shared_ffn")
-    group = n * (placement.ways("experts") if dispatch_axes(placement) else 1)
+    way = dispatch(placement, n)
+    rows = n if way is None else way.rows
     # Scores of all experts, weighted sums of the chosen ones, one expert's gate and up.
     one = c.moe_intermediate_size // placement.ways("expert_ffn")
-    routed = group * (3 * 4 * c.n_routed_experts + 2 * 4 * c.hidden_size) + n * one * (2 * item + 4)
+    routed = n * 3 * 4 * c.n_routed_experts + rows * 2 * 4 * c.hidden_size + n * one * (2 * item + 4)
     return max(n * width * (2 * item + 4), n * shared * (2 * item + 4) + routed)
 
 
@@ -121,9 +122,5 @@ def workspace_bytes(placement: Placement, slots: int, tokens: int) -> int:
         if isinstance(leaf, QArray) and (row.path != ("embed",) or placement.config.tie_word_embeddings)
     ]
     decoded = max(matrices, default=0)  # a model held in float32 decodes none
-    exchanged = 0
-    if dispatch_axes(placement):
-        c = placement.config
-        rows = slots * tokens * distinct_destinations(c, placement.ways("experts"))
-        exchanged = round(2 * rows * c.hidden_size * (item + 4))
-    return decoded + exchanged
+    way = dispatch(placement, slots * tokens)
+    return decoded + (0 if way is None else 2 * way.rows * (way.row_bytes + way.sum_bytes))

@@ -12,11 +12,15 @@ import dataclasses
 import math
 from itertools import product
 
-from dsjax.config import Config, DenseConfig, V3Config, V4Config
+import jax
+
+from dsjax.config import DenseConfig, V3Config, V4Config
 from dsjax.models.ends import vocabulary_axes
+from dsjax.params import tree_bytes
 from dsjax.plan.chips import Chip
 from dsjax.plan.placement import Placement
-from sharding import Axes
+from sharding import Axes, choose_dispatch, dispatch_bytes
+from sharding.dispatch_plan import Traffic, arrivals, capacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +51,56 @@ class Collective:
         return self.times * self.nbytes * {"all-reduce": 2 * share, "all-to-all": 1.0}.get(self.kind, share)
 
 
-def distinct_destinations(config: Config, cards: int) -> float:
-    """Expected number of other cards that hold a token's experts, under uniform routing, experts split over `cards`."""
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    here = experts // cards
-    none = math.comb(experts - here, chosen) / math.comb(experts, chosen)
-    return (cards - 1) * (1 - none)
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """Tokens on their way to experts on other cards and back, in one layer.
+
+    Attributes:
+      axes: mesh axes of the cards that take part.
+      how: one of `sharding.DISPATCHES`.
+      rows: that a card computes on, in one round; under uniform routing one round is enough.
+      row_bytes: of one of them, with its ids and weights.
+      sum_bytes: of its partial sum, as it travels back.
+      sent: bytes that a card sends to others.
+    """
+
+    axes: Axes
+    how: str
+    rows: int
+    row_bytes: int
+    sum_bytes: int
+    sent: Traffic
 
 
 def dispatch_axes(placement: Placement) -> Axes:
     """Mesh axes along which tokens travel to their experts: those that split both experts and slots."""
     rules = placement.layout.rules
     return tuple(axis for axis in rules.axes("experts") if axis in rules.axes("slots"))
+
+
+def dispatch(placement: Placement, tokens: int) -> Dispatch | None:
+    """How so many tokens of a card get to their experts; None where every card that has experts has all tokens.
+
+    Args:
+      tokens: new ones of all of a card's slots.
+    """
+    axes, c, numerics = dispatch_axes(placement), placement.config, placement.numerics
+    if not axes or isinstance(c, DenseConfig):
+        return None
+    ranks = math.prod(placement.layout.rules.extents[axis] for axis in axes)
+    shape = c.num_experts_per_tok, c.n_routed_experts, ranks
+    how = placement.layout.rules.dispatch
+    how = choose_dispatch(tokens, *shape) if how == "auto" else how
+    if how == "ragged":
+        rows = arrivals(tokens, *shape)
+    else:
+        rows = ranks * (tokens if how == "replicated" else capacity(tokens, *shape))
+    gate = next(leaf for row, leaf in placement.leaves if row.experts and row.path[-1] == "gate")
+    x = jax.ShapeDtypeStruct((1, c.hidden_size), numerics.dtype)
+    row_bytes = tree_bytes(jax.eval_shape(numerics.quantised, x, gate))
+    sum_bytes = c.hidden_size * (2 if numerics.native else 4)
+    sent = dispatch_bytes(how, tokens, *shape, row_bytes=row_bytes, sum_bytes=sum_bytes)
+    return Dispatch(axes, how, rows, row_bytes + 8 * c.num_experts_per_tok, sum_bytes, sent)
 
 
 def gathered_slots(placement: Placement) -> int:
@@ -100,14 +142,15 @@ def collectives(placement: Placement, slots: int, tokens: int) -> list[Collectiv
     dense = c.first_k_dense_replace if isinstance(c, V3Config) else 0
     add("dense layers", "all-reduce", rules.axes("ffn"), 4 * n * d, dense)
     sparse = layers - dense
-    ep, routed = dispatch_axes(placement), rules.axes("routed")
-    if ep:
-        cards = math.prod(rules.extents[axis] for axis in ep)
-        rows = n * distinct_destinations(c, cards)
-        out = d * (1 + 4 / 128) if numerics.native else d * item  # FP8 codes with their scales
-        back = 2 if numerics.native else 4
-        add("tokens to experts", "all-to-all", ep, rows * out, sparse)
-        add("tokens back", "all-to-all", ep, rows * d * back, sparse)
+    routed = rules.axes("routed")
+    if (way := dispatch(placement, n)) is not None:
+        gathers = way.how == "replicated"
+        out = way.rows * way.row_bytes if gathers else way.sent.out
+        add("tokens to experts", "all-gather" if gathers else "all-to-all", way.axes, out, sparse)
+        if gathers and way.sum_bytes == 4 * d:
+            add("tokens back", "reduce-scatter", way.axes, way.rows * way.sum_bytes, sparse)
+        else:  # in bfloat16 every card adds up itself, in float32
+            add("tokens back", "all-to-all", way.axes, way.sent.back, sparse)
     together = not numerics.native and routed == rules.axes("shared_ffn")
     add("routed experts", "all-reduce", routed, 4 * n * d, sparse)
     if not together:
