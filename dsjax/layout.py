@@ -126,10 +126,10 @@ def _divides(row: Row, config: Config, rules: Rules, native: bool) -> str | None
             return f"{n} {axis} do not split {rules.ways(axis)} ways"
     if row.storage not in (LINEAR, EXPERT) or rules.ways(row.axes[-1]) == 1:
         return None
-    width, quantised = shape[-1] // rules.ways(row.axes[-1]), official_storage(row, config).scales is not None
-    if quantised and width % 2:
+    width, official = shape[-1] // rules.ways(row.axes[-1]), official_storage(row, config)
+    if official.format == "e2m1" and width % 2:
         return f"{shape[-1]} channels of {'.'.join(row.path)} make parts of {width}, which two to a byte do not fit"
-    if native and quantised and row.path[-1] != "o_a" and width % GROUP:
+    if native and official.scales is not None and row.path[-1] != "o_a" and width % GROUP:
         return (
             f"{shape[-1]} channels of {'.'.join(row.path)} make parts of {width}, which cut the groups of {GROUP} that "
             "native quantises activations in"

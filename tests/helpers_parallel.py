@@ -60,6 +60,50 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 """Preset, layers, settings. FP8 blocks and groups of FP4 are cut by almost every plan."""
 
+_WIDE = {
+    "hidden_size": 256,
+    "vocab_size": 320,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+}
+_WIDE_V4 = {
+    "hidden_size": 256,
+    "vocab_size": 320,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 96,
+    "o_groups": 2,
+    "o_lora_rank": 256,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+    "sliding_window": 8,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "index_topk": 2,
+    "num_hash_layers": 0,
+    "compress_ratios": [4, 0],
+}
+NATIVE_MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "v3-wide": ("deepseek-v3.1", 1, _WIDE),
+    "v3-wide-dense": ("deepseek-v3", 1, _WIDE | {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
+    "v32-wide": ("deepseek-v3.2", 1, _WIDE | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 12}),
+    "v4-wide": ("deepseek-v4-flash", 1, _WIDE_V4),
+}
+"""Of one layer each: deeper ones tell little, for one rounding that falls the other way moves all that follows. Wide
+enough for two to four devices to have whole groups of 128 channels of every input that native quantises."""
+
 PLANS = {
     "v3": ["tp=2", "ep=4", "dp=2", "dp=2,ep=2,tp=2", "ep=16", "tp=16", "ep=4,tp=4", "ep=4/slots",
         "ep=8/sent", "dp=2,ep=4,tp=2/slots"],
@@ -81,7 +125,7 @@ PROMPTS = [[5, 6, 7], TOKENS[0, :11].tolist(), [9]]
 @lru_cache
 def folder(name: str) -> Path:
     """A checkpoint of the family, as DeepSeek writes it."""
-    preset, layers, settings = MODELS[name]
+    preset, layers, settings = (MODELS | NATIVE_MODELS)[name]
     where = Path(mkdtemp(prefix=f"dsjax-{name}-")) / "model"
     synthesise(where, synth_config(preset, layers=layers, settings=settings), template=preset)
     return where

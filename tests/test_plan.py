@@ -482,20 +482,24 @@ V4_FEW_GROUPS = {"o_groups": 4}
 
 
 @pytest.mark.parametrize(
-    ("preset", "settings", "mesh", "attention", "mode"),
+    ("preset", "settings", "mesh", "attention", "mode", "tokens"),
     [
-        ("deepseek-v3", {}, "ep=4,tp=2", "heads", "plain"),
-        ("deepseek-v3", {}, "dp=2,ep=2,tp=2", "heads", "native"),
-        ("deepseek-v3", {}, "dp=4,tp=2", "slots", "native"),
-        ("deepseek-v3.2", {}, "tp=8", "heads", "plain"),
-        ("deepseek-v4-flash", {}, "dp=2,ep=2,tp=2", "heads", "native"),
-        ("deepseek-v4-flash", V4_FEW_GROUPS, "ep=4,tp=2", "heads", "plain"),
-        ("deepseek-r1-distill-qwen-7b", {}, "tp=4", "heads", "plain"),
-        ("deepseek-r1-distill-qwen-7b", {}, "dp=4,tp=2", "slots", "plain"),
+        ("deepseek-v3", {}, "ep=4,tp=2", "heads", "plain", 3),
+        ("deepseek-v3", {}, "dp=2,ep=2,tp=2", "heads", "native", 3),
+        ("deepseek-v3", {}, "dp=4,tp=2", "slots", "native", 3),
+        ("deepseek-v3.2", {}, "tp=8", "heads", "plain", 3),
+        ("deepseek-v4-flash", {}, "dp=2,ep=2,tp=2", "heads", "native", 3),
+        ("deepseek-v4-flash", V4_FEW_GROUPS, "ep=4,tp=2", "heads", "plain", 3),
+        ("deepseek-r1-distill-qwen-7b", {}, "tp=4", "heads", "plain", 3),
+        ("deepseek-r1-distill-qwen-7b", {}, "dp=4,tp=2", "slots", "plain", 3),
+        ("deepseek-v3", {}, "dp=2,ep=4", "slots", "native", 3),
+        ("deepseek-v3.2", {}, "ep=4,tp=2", "slots", "plain", 3),
+        ("deepseek-v4-flash", {}, "ep=8", "slots", "plain", 256),
+        ("deepseek-v4-flash", {}, "ep=8", "slots", "native", 256),
     ],
 )
 def test_exchanges_are_those_of_the_step(
-    preset: str, settings: dict[str, Any], mesh: str, attention: str, mode: str
+    preset: str, settings: dict[str, Any], mesh: str, attention: str, mode: str, tokens: int
 ) -> None:
     """By kind and axes, the bytes of the list are those of the traced body of the step, at true widths."""
     config = parse_config(synth_config(preset, layers=5 if "v3" in preset else 3, settings=settings))
@@ -503,8 +507,8 @@ def test_exchanges_are_those_of_the_step(
     parted = parallel(config, parse_plan(mesh), numerics, attention=attention)
     placed = Placement(Model("test", config, numerics), parted.layout)
     params = placed.model.params(parted.layout)
-    slots, tokens = 2, 3
-    cache = jax.eval_shape(partial(family(config).new_cache, config, numerics, slots * placed.ways("slots"), 64))
+    slots = 2
+    cache = jax.eval_shape(partial(family(config).new_cache, config, numerics, slots * placed.ways("slots"), 512))
     by_slots = parted.layout.rules.spec(("slots",))
     body = jax.shard_map(
         partial(family(config).step, config, numerics, want="last", rules=parted.rules),

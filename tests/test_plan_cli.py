@@ -87,10 +87,10 @@ def test_planning_starts_no_backend_and_takes_no_time() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
-    start = time.perf_counter()
+    start = time.process_time()
     model = load_model("deepseek-v4-pro", Numerics("native"))
     answer(model, Cards(256, 95e9, chip=load_chip("tpu-v5p")), Load(131072, 256))
-    assert time.perf_counter() - start < 10  # a second on an idle machine
+    assert time.process_time() - start < 5  # about one
 
 
 @pytest.mark.parametrize(

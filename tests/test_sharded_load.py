@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +18,13 @@ import jax
 import numpy as np
 import pytest
 from damage import poke, rewrite
-from helpers import DENSE_NAMES, GOLDENS, NAMES, SEED, V4_NAMES, V32_NAMES, golden, rng
+from helpers import DENSE_NAMES, GOLDENS, NAMES, ROOT, SEED, V4_NAMES, V32_NAMES, golden, rng
 from helpers_sharded import assert_cut
 from jax.sharding import NamedSharding, PartitionSpec
+from load_program import checksums
 
 from dsjax.checkpoint import load as loading
+from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, check_copies
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import open_files
@@ -183,6 +190,7 @@ def file_bytes(folder: Path, config: Config, ways: Callable[[Row, str], int]) ->
 @pytest.mark.parametrize("in_place", [True, False])
 def test_replicas_are_read_once(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two devices that have everything; and where they are the host's own, they share its memory."""
+    model = golden("v3-fp8-e8m0")
     taken: list[int] = []
     original = Files.read_part
 
@@ -191,7 +199,6 @@ def test_replicas_are_read_once(in_place: bool, monkeypatch: pytest.MonkeyPatch)
         original(self, name, part, out)
 
     monkeypatch.setattr(Files, "read_part", read_part)
-    model = golden("v3-fp8-e8m0")
     where = NamedSharding(make_mesh(Plan(dp=2)), PartitionSpec())
     _, params, stats = load(model.folder, sharding=where, in_place=in_place)
     expected = file_bytes(model.folder, model.config, lambda row, part: 1)
@@ -201,6 +208,12 @@ def test_replicas_are_read_once(in_place: bool, monkeypatch: pytest.MonkeyPatch)
         one, two = (shard.data for shard in array.addressable_shards)
         assert (one.unsafe_buffer_pointer() == two.unsafe_buffer_pointer()) == in_place
         np.testing.assert_array_equal(one, two)
+    kept = np.array(params["norm"])
+    one, two = (shard.data for shard in params["norm"].addressable_shards)
+    out = jax.jit(lambda x: x + 1, donate_argnums=0)(one)
+    assert one.is_deleted()
+    np.testing.assert_array_equal(out, kept + 1)
+    np.testing.assert_array_equal(two, kept)  # who is given one device's memory must not write into the others'
 
 
 @pytest.mark.parametrize(
@@ -254,6 +267,52 @@ def _shapes(folder: Path, meshed: Parallel) -> tuple[Tree, Tree]:
         stored = agree(files, meshed.config)
     params = abstract_params(meshed.config, stored=stored, cut=meshed.cut)
     return params, meshed.layout.param_specs(params, meshed.config)
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["safetensors", "orbax"])
+def test_real_processes(converted: bool, tmp_path: Path) -> None:
+    """Two of them over gloo, two devices each, a draft module beside: shards as one process loads them."""
+    model, plan, count = golden("v3-mtp"), "dp=2,tp=2", 2
+    folder = tmp_path / "O" if converted else model.folder
+    if converted:
+        orbax.save(folder, model.folder, model.params)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    environ.pop("XLA_FLAGS", None)
+    program, outs = Path(__file__).with_name("load_program.py"), [tmp_path / f"{i}.json" for i in range(count)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(program), coordinator, str(count), str(i), str(folder), plan, str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environ,
+            text=True,
+        )
+        for i, out in enumerate(outs)
+    ]
+    try:
+        for process in running:
+            err = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, err
+    finally:
+        for process in running:
+            process.kill()
+    found = [json.loads(out.read_text()) for out in outs]
+    meshed = parallel(model.config, parse_plan(plan), PLAIN)
+    expected = checksums(load(model.folder, mtp=True, sharding=meshed.sharding, cut=meshed.cut)[1])
+    # Devices of processes have other numbers: of the second one 2048 and up, or 131072 and up.
+    order = {n: i for i, n in enumerate(sorted({int(name.split()[-1]) for f in found for name in f["shards"]}))}
+    shards = {name: crc for f in found for name, crc in f["shards"].items()}
+    assert {f"{' '.join(n.split()[:-1])} {order[int(n.split()[-1])]}": crc for n, crc in shards.items()} == expected
+    if not converted:
+        # With dp between them each process has the whole model; of the draft module's copies each compares its share.
+        with Files.open(folder) as files:
+            everything = sum(tensor.nbytes for tensor in files.values())
+        copies = 2 * 2 * model.config.vocab_size * model.config.hidden_size  # bfloat16
+        needed = 2 * (everything - copies) + 2 * copies
+        assert needed <= sum(f["read"] for f in found) <= 1.05 * needed
+        assert all(f["read"] == f["needed"] for f in found)
 
 
 def test_new_scales_are_read_for_once(processes: Processes) -> None:

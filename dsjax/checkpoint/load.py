@@ -222,9 +222,9 @@ def load(
       weights: what matrices are held as, one of `params.WEIGHTS`: "stored" touches no byte of them; "float32" and
         "bfloat16" are their values, rounded once; "int8" has one float32 scale per row and leaves embedding and router
         as stored; "fp8" has one per 128 x 128 block, of the matrices that DeepSeek quantises.
-      sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); the first device by
-        default. What devices of this process hold is read, each part once however many hold it; and of what is
-        quantised anew, once more all that shares a scale with it.
+      sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); this process's first
+        device by default. What this process's devices hold is read, each part once however many hold it; and of what
+        is quantised anew, once more all that shares a scale with it.
       cut: makes scale blocks finer where parts need it; exact.
       progress: show a progress bar on standard error.
       in_place: fill a CPU device's arrays where they stay; False goes through staging as for any other device.

@@ -72,6 +72,7 @@ class Reader:
         self._held = held
         self._threads = min(MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._threads)
+        self._sizes: dict[tuple[Path, str], np.ndarray] = {}
         self._new_scales: dict[str, np.ndarray] = {}  # of the present leaf's tensors; NaN where not yet known
 
     def __enter__(self) -> Self:
@@ -132,8 +133,11 @@ class Reader:
 
     def _itemsizes(self, row: Row, part: str) -> np.ndarray:
         """Bytes of an element of each tensor of a row, or of its scales, int [*stacking]."""
-        names = (row.scale_name(name) if part == "scales" else name for _, name in row.tensors())
-        return np.fromiter((self._files[name].dtype.itemsize for name in names), int).reshape(row.stacking)
+        if (row.path, part) not in self._sizes:
+            names = (row.scale_name(name) if part == "scales" else name for _, name in row.tensors())
+            sizes = np.fromiter((self._files[name].dtype.itemsize for name in names), int)
+            self._sizes[row.path, part] = sizes.reshape(row.stacking)
+        return self._sizes[row.path, part]
 
     # --- reading ---
 

@@ -228,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences at once")
     p.add_argument("--chunk", type=_positive, default=CHUNK, metavar="N", help="tokens per sequence in a prefill step")
     p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="default: the best plan")
+    p.add_argument("--aot", metavar="TOPOLOGY", help="also compile the step for TPUs, e.g. v5p:4x4x4 (needs libtpu)")
     p.add_argument("--attention", choices=ATTENTION, help="default: the better one; of a given mesh, heads")
     _numerics_flags(p)
     p.set_defaults(run=plan)
@@ -293,8 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = None
     try:
         options = build_parser().parse_args(arguments)
-        group = _join(options)
         if options.run is not plan:  # which starts no backend
+            group = _join(options)
             _start_jax(options)
         status: int = options.run(options)
         if group is not None:

@@ -6,9 +6,13 @@ import argparse
 import re
 from typing import Any
 
+import jax
+
+from dsjax.aot import ahead_of_time
 from dsjax.cli.common import numerics_of, print_json
 from dsjax.errors import InputError
 from dsjax.plan import Cards, Load, answer, load_chip, load_model
+from sharding import Plan, parse_plan
 
 _UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -36,6 +40,10 @@ def plan(options: argparse.Namespace) -> int:
     cards = Cards(options.cards, memory, options.reserve, chip)
     load = Load(options.context, options.batch, options.chunk)
     result = answer(model, cards, load, options.mesh, options.attention)
+    if options.aot is not None:
+        jax.config.update("jax_platforms", "cpu")  # no device is wanted, only a compiler
+        mesh = Plan() if result["mesh"] == str(Plan()) else parse_plan(result["mesh"])
+        result["aot"] = ahead_of_time(model, mesh, result["attention"], load, options.aot)
     if options.json:
         print_json(result)
     else:
@@ -79,9 +87,23 @@ def plan_table(result: dict[str, Any]) -> str:
         ("  workspace", _gb(card["workspace"]), f"{_gb(r['reserve_bytes'])} of it reserved"),
     ]
     rows += _estimate_rows(r["estimate"]) if "estimate" in r else []
+    rows += _aot_rows(r["aot"]) if "aot" in r else []
     width = max(len(value) for _, value, _ in rows)
     lines = [f"{name:16} {value:{width}}  {note}".rstrip() for name, value, note in rows if value != _gb(0)]
     return "\n".join([*lines, r["reason"]])
+
+
+def _aot_rows(aot: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [("compiled for", aot["topology"], aot["device"])]
+    for name in ("decode", "prefill"):
+        step = aot[name]
+        note = (
+            f"arguments, {_gb(step['counted_bytes'])} as counted; {_gb(step['temp_bytes'])} temporary, "
+            f"{_gb(step['alias_bytes'])} in place; sends {sum(step['sent_bytes'].values()) / 1e6:,.1f} MB, "
+            f"{step['planned_sent_bytes'] / 1e6:,.1f} planned; compiled in {_time(step['seconds'])}"
+        )
+        rows.append((f"  {name}", _gb(step["argument_bytes"]), note))
+    return rows
 
 
 def _estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -76,11 +76,15 @@ class Experts(nnx.Module):
     """The routed experts. Leaves: gate, up [L, E, M, D] and down [L, E, D, M].
 
     Routing weights multiply an expert's output in V2 and V3, and what its down projection takes in V4.
+
+    Where M is split, each device has a part of every expert's output. The parts are not rounded: what one device would
+    round is an expert's whole output, for which all k of a token would have to travel instead of their sum.
     """
 
-    def __init__(self, config: ExpertConfig, numerics: Numerics, params: Tree) -> None:
+    def __init__(self, config: ExpertConfig, numerics: Numerics, params: Tree, rules: Rules = UNSPLIT) -> None:
         self.config = config
         self.numerics = numerics
+        self.whole = rules.ways("expert_ffn") == 1
         self.gate = nnx.Param(params["gate"])
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
@@ -139,12 +143,13 @@ class Experts(nnx.Module):
         groups = group_tokens(choices, experts, present, group_size(assignments, experts))
 
         def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array) -> jax.Array:
-            def dot(x: jax.Array, w: jax.Array | QArray) -> jax.Array:
-                return numerics.round(expert_dot(x, w, chosen, (layer,)))
+            def dot(x: jax.Array, w: jax.Array | QArray, whole: bool = True) -> jax.Array:
+                out = expert_dot(x, w, chosen, (layer,))
+                return numerics.round(out) if whole else out
 
             weight = weight[..., None]
             inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight if early else None)
-            out = dot(numerics.operand(inner, down), down)
+            out = dot(numerics.operand(inner, down), down, self.whole)
             return out if early else out.astype(jnp.float32) * weight
 
         at_once = experts_at_once(groups, (gate, up, down), operand.dtype, assignments)
@@ -167,7 +172,7 @@ class MoE(nnx.Module):
         self.rules = rules
         self.router = nnx.Param(params["router"]["weight"])
         self.shared = SwiGLU(numerics, params["shared"], config.swiglu_limit, rules, "shared_ffn")
-        self.experts = Experts(config, numerics, params["experts"])
+        self.experts = Experts(config, numerics, params["experts"], rules)
 
     def _routed(
         self,

@@ -1,0 +1,265 @@
+"""Native numerics on meshes of virtual devices, against one device that rounds what a mesh rounds.
+
+Devices' parts are added in float32 before a sum is rounded, so that a mesh differs from one device by the order of
+float32 sums alone: a token's logits are equal to 1e-6, but where a rounding to bfloat16 or E4M3 falls the other way.
+There are two exceptions, and for each the program of one device can be made to do the same:
+
+- Where tp cuts the experts' width, an expert's output is not rounded by itself: parts are added over experts first.
+- Where tokens are sent to their experts, what a rank's experts give a token comes back in bfloat16: a rounding more.
+
+Either is one rounding, of 2^-9 at most, of something that is added to a residual stream larger than itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers_parallel import arrange, engine_on, folder, one_engine
+from jax.sharding import PartitionSpec as P
+
+from dsjax.cache import Cache
+from dsjax.config import load_config
+from dsjax.generate import Engine
+from dsjax.layers.ffn import Experts, MoE
+from dsjax.layers.gate import moe_gate
+from dsjax.numerics import Numerics
+from dsjax.parallel import load_onto
+from sharding import Rules
+
+NATIVE = Numerics("native")
+TOKENS = np.random.default_rng(31).integers(2, 320, (8, 16))
+MEDIAN, SAME = 1e-6, 1e-4
+"""Of tokens' relative distances, the median's bound; below the other a token counts as the same."""
+ROUNDING = 2.0**-8
+"""What leaving out, or adding, one rounding to bfloat16 may come to."""
+
+full = pytest.mark.full
+
+
+def _distances(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """|found - expected| / |expected| of every token."""
+    assert found.shape == expected.shape
+    norms = np.linalg.norm(expected.astype(np.float64), axis=-1)
+    return np.linalg.norm(found.astype(np.float64) - expected, axis=-1) / norms
+
+
+def _scores(engine: Engine, chunk: int = 16) -> np.ndarray:
+    """Logits of all TOKENS; of a chunk of one, of the first few, as decode."""
+    return engine.score(TOKENS if chunk > 1 else TOKENS[:, :4], chunk=chunk)[0]
+
+
+def _parts_unrounded(experts: Experts) -> None:
+    experts.whole = False
+
+
+def _rounded_by_rank(
+    ranks: int, self: MoE, x: jax.Array, choices: jax.Array, weights: jax.Array, valid: jax.Array, layer: Any
+) -> jax.Array:
+    """`MoE._routed` of one device: a rank's experts after the other's, what each gives a token rounded to bfloat16."""
+    size = self.experts.gate[...].shape[1] // ranks
+    total = jnp.zeros(x.shape, jnp.float32)
+    for rank in range(ranks):
+        here = valid[:, None] & (choices // size == rank)
+        rows = self.numerics.operand(x, self.experts.gate[...])
+        part = self.experts.partial_sums(rows, choices, weights, here, layer, choices.size)
+        total += self.numerics.round(part).astype(jnp.float32)
+    return total
+
+
+@contextmanager
+def _as_on_a_mesh(cut: bool, ranks: int) -> Iterator[None]:
+    """One device does what a mesh does that cuts experts, or sends tokens to so many ranks."""
+    start = Experts.__init__
+
+    def begin(self: Experts, *args: Any) -> None:
+        start(self, *args)
+        self.whole = not cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experts, "__init__", begin)
+        if ranks > 1:
+            patch.setattr(MoE, "_routed", lambda self, *args: _rounded_by_rank(ranks, self, *args))
+        yield
+
+
+@lru_cache
+def _one(name: str, form: str, chunk: int, cut: bool = False, ranks: int = 1) -> np.ndarray:
+    """One device's logits."""
+    engine = one_engine(name, Numerics("native", mla=form))
+    if not cut and ranks == 1:
+        return _scores(engine, chunk)
+    with _as_on_a_mesh(cut, ranks):
+        return _scores(Engine(engine.config, engine.params, engine.numerics), chunk)
+
+
+def _check(engine: Engine, name: str, form: str, plan: str, chunk: int) -> np.ndarray:
+    """Holds a mesh's logits to those of the same roundings; returns tokens' distances from them."""
+    rules, sent = engine.rules, "/s" in plan
+    ranks = rules.ways("experts") if sent and rules.axes("experts") else 1
+    cut = rules.ways("expert_ffn") > 1 and not name.endswith("dense")
+    found = _scores(engine, chunk)
+    distances = _distances(found, _one(name, form, chunk, cut, ranks))
+    same, median = (distances <= SAME).mean(), np.median(distances)
+    print(f"{name} {form} {plan} T = {chunk}: median {median:.1e}, the same {same:.3f}, most {distances.max():.1e}")
+    assert median <= MEDIAN
+    assert same >= 0.8
+    if cut or ranks > 1:  # the exception is no more than what it is said to be, and would be noticed
+        far = np.median(_distances(found, _one(name, form, chunk)))
+        print(f"  from one device as it is: {far:.1e}")
+        assert 10 * MEDIAN < far <= ROUNDING
+    return distances
+
+
+CASES = [
+    ("v3-wide", "absorbed", "ep=4"),
+    pytest.param("v3-wide", "naive", "ep=4", marks=full),
+    pytest.param("v3-wide", "absorbed", "ep=2,tp=2", marks=full),
+    ("v3-wide", "naive", "tp=2"),
+    pytest.param("v3-wide", "absorbed", "dp=2,ep=4", marks=full),
+    ("v3-wide-dense", "absorbed", "tp=4"),
+    pytest.param("v3-wide-dense", "naive", "tp=4", marks=full),
+    pytest.param("v32-wide", "auto", "ep=4", marks=full),
+    ("v32-wide", "auto", "ep=2,tp=2"),
+    pytest.param("v32-wide", "auto", "ep=4/slots", marks=full),
+    pytest.param("v4-wide", "auto", "tp=2", marks=full),
+    pytest.param("v4-wide", "auto", "tp=4", marks=full),
+    pytest.param("v3-wide", "absorbed", "ep=4/slots", marks=full),
+    ("v3-wide", "absorbed", "ep=4/sent"),
+    pytest.param("v3-wide", "absorbed", "dp=2,ep=2,tp=2/slots", marks=full),
+    pytest.param("v4-wide", "auto", "ep=4/slots", marks=full),
+    pytest.param("v4-wide", "auto", "ep=4/sent", marks=full),
+]
+
+
+@pytest.mark.parametrize(("name", "form", "plan"), CASES)
+def test_a_layer_on_a_mesh_gives_what_one_device_gives(name: str, form: str, plan: str) -> None:
+    """Prefill of 16 tokens in 8 slots, and one token at a time."""
+    engine = engine_on(name, plan, Numerics("native", mla=form))
+    for chunk in (16, 1):
+        _check(engine, name, form, plan, chunk)
+
+
+@pytest.mark.parametrize("plan", [pytest.param("ep=4", marks=full), "tp=4"])
+def test_copied_output_groups_are_nearest(plan: str) -> None:
+    """Two output groups over four devices: each group's products as on one device, or added up from two parts."""
+    apart = []
+    for how in ("gather", "split"):
+        shown = plan if how == "split" else f"{plan}/gather"
+        apart.append(_check(engine_on("v4-wide", shown, NATIVE), "v4-wide", "auto", shown, 16))
+    assert (apart[0] > SAME).sum() <= (apart[1] > SAME).sum()
+    assert apart[0].mean() <= apart[1].mean()
+
+
+@pytest.mark.parametrize(("name", "plan"), [("v3-wide", "ep=2,tp=2"), pytest.param("v4-wide", "tp=4", marks=full)])
+def test_the_partitioner_rounds_where_one_device_does(name: str, plan: str) -> None:
+    """`--spmd auto`: it adds up an expert's whole output, so there is no exception."""
+    found = _distances(_scores(engine_on(name, plan, NATIVE, spmd="auto")), _one(name, "auto", 16))
+    print(f"{name} {plan} auto: median {np.median(found):.1e}, the same {(found <= SAME).mean():.3f}")
+    assert np.median(found) <= MEDIAN and (found <= SAME).mean() >= 0.8
+
+
+def test_sums_of_rounded_parts_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: devices' parts rounded to bfloat16 before they are added are farther than any bound here allows."""
+    total = Rules.sum
+
+    def rounded(self: Rules, name: str, x: jax.Array) -> jax.Array:
+        return total(self, name, NATIVE.round(x).astype(x.dtype) if x.dtype == jnp.float32 else x)
+
+    monkeypatch.setattr(Rules, "sum", rounded)
+    found = _distances(_scores(engine_on("v3-wide-dense", "tp=4", NATIVE)), _one("v3-wide-dense", "auto", 16))
+    print(f"rounded parts: median {np.median(found):.1e}, the same {(found <= SAME).mean():.3f}")
+    assert np.median(found) > 100 * MEDIAN and (found <= SAME).mean() < 0.1
+
+
+@full
+@pytest.mark.parametrize(("name", "plan"), [("v3-wide", "ep=4"), ("v4-wide", "ep=4")])
+def test_the_draft_on_a_mesh(name: str, plan: str) -> None:
+    """The draft module on equal hidden states: what the step gives on one device."""
+    one = one_engine(name, NATIVE)
+    many = engine_on(name, plan, NATIVE)
+    counts = np.full(len(TOKENS), TOKENS.shape[1], np.int32)
+    caches = [(e.cache(8, 16), e.cache(8, 16, draft=True)) for e in (one, many)]
+    (step, draft), (_, other) = one._scoring(*caches[0]), many._scoring(*caches[1])
+    _, hidden, _ = step(one.params, caches[0][0], TOKENS.astype(np.int32), counts)
+    following = np.roll(TOKENS, -1, axis=1).astype(np.int32)
+    expected, _, _ = draft(one.params, caches[0][1], hidden, following, counts)
+    found, _, _ = other(many.params, caches[1][1], np.asarray(hidden), following, counts)
+    apart = _distances(np.asarray(found), np.asarray(expected))
+    print(f"draft {name} {plan}: median {np.median(apart):.1e}, the same {(apart <= SAME).mean():.3f}")
+    assert np.median(apart) <= MEDIAN and (apart <= SAME).mean() >= 0.8
+
+
+# --- what travels to experts -----------------------------------------------------------------------------------------
+
+
+class _Seen:
+    """What experts were given: (token's values, which of all experts are to be computed for it), a row each."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[bytes, tuple[int, ...]]] = []
+
+    def add(self, first: Any, values: Any, choices: Any, present: Any) -> None:
+        present = np.broadcast_to(np.asarray(present).reshape(len(values), -1), np.shape(choices))
+        for row, chosen, there in zip(np.asarray(values), np.asarray(choices), present, strict=True):
+            if there.any():
+                self.rows.append((row.tobytes(), tuple(sorted(int(first) + chosen[there]))))
+
+
+def _seen(plan: str | None, x: np.ndarray) -> tuple[_Seen, bool]:
+    """What the experts of "v3-wide" see of activations [B, T, D], and whether it came as codes."""
+    seen, codes, compute = _Seen(), [], Experts.partial_sums
+    rules = arrange(load_config(folder("v3-wide")), plan, NATIVE).rules if plan else Rules()
+
+    def record(self: Experts, rows: Any, choices: Any, weights: Any, present: Any, *rest: Any) -> jax.Array:
+        codes.append(isinstance(rows, tuple) and rows[0].dtype == jnp.uint8)
+        first = rules.rank("experts") * self.gate[...].shape[1]
+        jax.debug.callback(seen.add, first, self.numerics.dequantised(rows), choices, present)
+        return compute(self, rows, choices, weights, present, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experts, "partial_sums", record)
+        _moe(plan, x)
+        jax.effects_barrier()
+    return seen, all(codes)
+
+
+def _moe(plan: str | None, x: np.ndarray) -> np.ndarray:
+    """The mixture-of-experts layer of "v3-wide" on activations [B, T, D], on one device or on a mesh."""
+    config = load_config(folder("v3-wide"))
+    numerics = NATIVE.for_checkpoint(config)
+    many = arrange(config, plan, numerics) if plan else None
+    config, params, _ = load_onto(many, folder("v3-wide"))
+    rules = many.rules if many else Rules()
+
+    def body(params: Any, cache: Cache, x: jax.Array) -> tuple[jax.Array, Cache]:
+        x = rules.part("slots", x)
+        stack = params["moe"]
+        gate = partial(moe_gate, bias=stack["router"]["bias"][0], config=config)
+        return MoE(config, numerics, stack, rules)(x, jnp.ones(x.shape[:2], bool), 0, gate), cache
+
+    cache = Cache(jnp.zeros((1, 8, 1, 1)), None, jnp.zeros(8, jnp.int32))
+    run = many.program(body, params, cache, [P()], [many.hidden_spec()]) if many else jax.jit(body)
+    return np.asarray(run(params, cache, jnp.asarray(x).astype(jnp.bfloat16))[0], np.float32)
+
+
+@pytest.mark.parametrize("plan", ["ep=4/sent", pytest.param("ep=8/sent", marks=full)])
+def test_what_experts_see_is_what_one_device_quantises(plan: str) -> None:
+    """Tokens travel as E4M3 codes and scales: to each rank once, what its experts take of them bit for bit."""
+    x = np.random.default_rng(32).standard_normal((8, 16, 256)).astype(np.float32)
+    (here, _), (there, codes) = _seen(None, x), _seen(plan, x)
+    assert codes and len(here.rows) == 128
+    ranks = int(plan[3])
+    size = 16 // ranks
+    expected = []
+    for values, chosen in here.rows:
+        by_rank = [tuple(e for e in chosen if e // size == rank) for rank in range(ranks)]
+        expected += [(values, experts) for experts in by_rank if experts]
+    assert sorted(there.rows) == sorted(expected)
+    assert len({values for values, _ in here.rows}) == 128  # tokens can be told apart
