@@ -90,7 +90,9 @@ def act_dequant(
       scales: float32 [..., ceil(K/group)].
       group: channels that share a scale.
     """
-    return dequantise(QArray(codes[..., None, :], scales[..., None, :], E4M3, (1, group)))[..., 0, :]
+    values = dequantise(QArray(codes[..., None, :], scales[..., None, :], E4M3, (1, group)))[..., 0, :]
+    # XLA:CPU repeats what makes the activations of a product for every row of weights, but never a division.
+    return exact_divide(values, jnp.float32(1))
 
 
 def quantise_rows(
@@ -174,7 +176,8 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array
 
 def fake_act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> jax.Array:
     """x rounded through `act_quant`, as float32; the gradient passes straight through."""
-    return fake_quantise(x[..., None, :], E4M3, (1, group), pow2=pow2)[..., 0, :]
+    codes, scales = act_quant(lax.stop_gradient(x), pow2=pow2, group=group)
+    return _straight_through(x, act_dequant(codes, scales, group=group))
 
 
 def fake_quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = False) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SEED, rng
+from helpers_dispatch import emulated_ragged
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -150,33 +151,9 @@ def _numpy_ragged(calls: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
     return outputs
 
 
-def _emulated(
-    operand: jax.Array,
-    output: jax.Array,
-    input_offsets: jax.Array,
-    send_sizes: jax.Array,
-    output_offsets: jax.Array,
-    recv_sizes: jax.Array,
-    *,
-    axis_name: tuple[str, ...],
-) -> jax.Array:
-    """The same by all-gathers; ones everywhere if sizes do not agree or a slice does not fit."""
-    me = lax.axis_index(axis_name)
-    sent, start, size, to = (lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets))
-    start, size, to = start[:, me], size[:, me], to[:, me]
-    row = jnp.arange(output.shape[0])[None]
-    hit = (row >= to[:, None]) & (row < (to + size)[:, None])
-    sender = jnp.argmax(hit, axis=0)
-    source = sent.at[sender, start[sender] + row[0] - to[sender]].get(mode="clip")
-    result = jnp.where(hit.any(axis=0)[:, None], source, output)
-    fits = (start >= 0) & (start + size <= operand.shape[0]) & (to >= 0) & (to + size <= output.shape[0])
-    right = (fits & (size == recv_sizes)).all() & (hit.sum(axis=0) <= 1).all()
-    return jnp.where(right, result, jnp.ones_like(output))
-
-
 @pytest.fixture
 def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lax, "ragged_all_to_all", _emulated)
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged)
 
 
 @pytest.mark.parametrize("layout", ["one", "two"])
@@ -199,7 +176,7 @@ def test_the_emulation_is_what_is_documented(layout: str) -> None:
     ]
 
     def local(*args: jax.Array) -> jax.Array:
-        return _emulated(*(a[0] for a in args), axis_name=axes)[None]
+        return emulated_ragged(*(a[0] for a in args), axis_name=axes)[None]
 
     run = jax.jit(jax.shard_map(local, mesh=_mesh(layout), in_specs=P(axes), out_specs=P(axes), check_vma=False))
     stacked = {name: np.stack([call[name] for call in calls]) for name in calls[0]}
