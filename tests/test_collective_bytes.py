@@ -18,7 +18,7 @@ from dsjax.plan.memory import Load, memory
 from dsjax.plan.placement import Placement, load_model
 from sharding.collectives import collectives
 
-NATIVE = {"v3": ["ep=4/slots", "ep=8/sent"], "v32": ["ep=8/slots"], "v4": ["ep=4/slots", "tp=2"]}
+NATIVE = {"v3": ["ep=4/slots", "ep=8/sent"], "v32": ["ep=8/slots"], "v4": ["ep=4/slots", "ep=8/sent"]}
 """Plans where nothing that native quantises is cut, though all of the models' widths are below a group of channels."""
 
 
