@@ -12,6 +12,7 @@ Either is one rounding, of 2^-9 at most, of something that is added to a residua
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -25,13 +26,14 @@ from helpers_parallel import arrange, engine_on, folder, one_engine
 from jax.sharding import PartitionSpec as P
 
 from dsjax.cache import Cache
+from dsjax.cli.main import main
 from dsjax.config import load_config
 from dsjax.generate import Engine
 from dsjax.layers.ffn import Experts, MoE
 from dsjax.layers.gate import moe_gate
 from dsjax.numerics import Numerics
 from dsjax.parallel import load_onto
-from sharding import Rules
+from sharding import Rules, parse_plan
 
 NATIVE = Numerics("native")
 TOKENS = np.random.default_rng(31).integers(2, 320, (8, 16))
@@ -121,12 +123,12 @@ CASES = [
     ("v3-wide", "absorbed", "ep=4"),
     pytest.param("v3-wide", "naive", "ep=4", marks=full),
     pytest.param("v3-wide", "absorbed", "ep=2,tp=2", marks=full),
-    ("v3-wide", "naive", "tp=2"),
+    pytest.param("v3-wide", "naive", "tp=2", marks=full),
     pytest.param("v3-wide", "absorbed", "dp=2,ep=4", marks=full),
     ("v3-wide-dense", "absorbed", "tp=4"),
     pytest.param("v3-wide-dense", "naive", "tp=4", marks=full),
     pytest.param("v32-wide", "auto", "ep=4", marks=full),
-    ("v32-wide", "auto", "ep=2,tp=2"),
+    pytest.param("v32-wide", "auto", "ep=2,tp=2", marks=full),
     pytest.param("v32-wide", "auto", "ep=4/slots", marks=full),
     pytest.param("v4-wide", "auto", "tp=2", marks=full),
     pytest.param("v4-wide", "auto", "tp=4", marks=full),
@@ -263,3 +265,24 @@ def test_what_experts_see_is_what_one_device_quantises(plan: str) -> None:
         expected += [(values, experts) for experts in by_rank if experts]
     assert sorted(there.rows) == sorted(expected)
     assert len({values for values, _ in here.rows}) == 128  # tokens can be told apart
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_cuts_groups_is_refused_and_the_nearest_works(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--numerics native --mesh tp=4`: the reason, and a plan for as many devices, which then gives the same tokens."""
+    command = ["generate", "--model", str(folder("v3-wide")), "--numerics", "native", "--json"]
+    command += ["--prompt-ids", "5,6,7,8", "--max-new-tokens", "3", "--temperature", "0"]
+    assert main([*command, "--mesh", "tp=4"]) == 2
+    error = capsys.readouterr().err.strip()
+    reason = "256 channels of moe.experts.down make parts of 64, which cut the groups of 128 that native quantises"
+    assert reason in error and len(error.splitlines()) == 1
+    nearest = error.rpartition("the nearest that works is ")[2]
+    assert parse_plan(nearest).devices == 4
+    ids = []
+    for mesh in (["--mesh", nearest], []):
+        assert main([*command, *mesh]) == 0
+        ids.append([s["output_ids"] for s in json.loads(capsys.readouterr().out)["sequences"]])
+    print(nearest, ids)
+    assert ids[0] == ids[1]

@@ -70,10 +70,10 @@ class V4Cache:
       capacity: positions per slot.
     """
 
-    window: Any
-    csa: Compressed | None
-    index: Compressed | None
-    hca: Compressed | None
+    window: Any  # arrays, or whatever stands for them in a tree: shapes, shardings
+    csa: Any  # a Compressed or None; where a tree of shardings leaves something open, JAX's own mark for that
+    index: Any
+    hca: Any
     length: Any
     capacity: int
 
