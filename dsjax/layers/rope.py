@@ -6,13 +6,11 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
 from dsjax.config import Llama3Rope, V3Config, Yarn
 from dsjax.config.v3 import yarn_magnitude
 from dsjax.numerics import Numerics
-from quant import bfloat16_bits, bfloat16_of_bits
 
 
 def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarray:
@@ -117,5 +115,8 @@ def rope_tail(x: Float[Array, "B T *H U"], table: RopeTable, numerics: Numerics)
       table: from `rope_table`.
     """
     nope = x.shape[-1] - 2 * table[0].shape[-1]
-    tail = bfloat16_bits(numerics.round(rope(x[..., nope:], table)))
-    return bfloat16_of_bits(lax.dynamic_update_slice_in_dim(bfloat16_bits(x), tail, nope, axis=-1))
+    tail = numerics.round(rope(x[..., nope:], table))
+    # Not by dynamic_update_slice: XLA:CPU (jaxlib 0.10.2) may write the tail over x while it still reads x for it, and
+    # a pair's second channel then sees the first one turned already (in V4's decode, with some numbers of heads).
+    tail = jnp.pad(tail, [(0, 0)] * (x.ndim - 1) + [(nope, 0)])
+    return jnp.where(jnp.arange(x.shape[-1]) < nope, x, tail)
