@@ -89,6 +89,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     # libtpu asks a cloud machine's metadata server, and for its neighbours, unless told not to.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so no lock need be
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         return list(topologies.get_topology_desc(name, "tpu").devices)
@@ -105,7 +106,7 @@ def compile_step(model: Model, many: Parallel, shape: Shape) -> Compiled:
     Raises:
       InputError: with the compiler's reason, if it refuses the program.
     """
-    config, numerics = model.config, model.numerics
+    config, numerics = model.config, model.numerics.for_platform("tpu")
     params = model.params(many.layout)
     batch = padded(shape.batch, many.slots)
     cache = jax.eval_shape(partial(family(config).new_cache, config, numerics, batch, shape.context))
@@ -139,7 +140,7 @@ def compile_step(model: Model, many: Parallel, shape: Shape) -> Compiled:
     )
 
 
-def _account(found: Compiled, placement: Placement, shape: Shape) -> dict[str, Any]:
+def account(found: Compiled, placement: Placement, shape: Shape) -> dict[str, Any]:
     """A compiled step beside what the planner says of it."""
     slots = placement.slots(shape.batch)
     planned = planned_collectives(placement, slots, shape.tokens)
@@ -180,5 +181,5 @@ def ahead_of_time(model: Model, plan: Plan, attention: str, load: Load, topology
     result: dict[str, Any] = {"topology": topology, "device": many.mesh.devices.flat[0].device_kind}
     for name, tokens in (("decode", 1), ("prefill", load.tokens)):
         shape = Shape(load.batch, tokens, load.context)
-        result[name] = _account(compile_step(model, many, shape), placement, shape)
+        result[name] = account(compile_step(model, many, shape), placement, shape)
     return result

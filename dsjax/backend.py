@@ -43,6 +43,33 @@ def cache_placement(sharding: Sharding, cache: Any, platform: str) -> Any:
     return sharding if platform == "cpu" else Format(Layout(tuple(range(cache.ndim))), sharding)
 
 
+LANES = 128
+"""Elements that lie side by side in a TPU's tiles, the last axis filled up to a multiple."""
+
+
+def weight_placement(sharding: Sharding, weight: Any, platform: str) -> Any:
+    """Where a parameter's array lies, for `in_shardings` and `jax.device_put`.
+
+    Row-major, as products take it, unless its rows are short. XLA:TPU lays an array of odd width (scales of 7168
+    channels are 224) along another axis, which needs less padding, and then turns the whole stack over in every step.
+
+    Args:
+      sharding, platform: as of `cache_placement`.
+      weight: the array, or its shape.
+    """
+    if platform == "cpu" or not weight.ndim or weight.shape[-1] < LANES:
+        return sharding
+    return Format(Layout(tuple(range(weight.ndim))), sharding)
+
+
+def place(weight: Any, where: Any) -> jax.Array:
+    """A parameter's array where `weight_placement` says; the same array if it lies there."""
+    wanted = where.layout if isinstance(where, Format) else None
+    if isinstance(wanted, Layout) and weight.format.layout.major_to_minor != wanted.major_to_minor:
+        return jax.device_put(weight, where)
+    return weight
+
+
 def compiler_options(platform: str) -> dict[str, Any]:
     """Options for `jax.jit(..., compiler_options=)` and `Lowered.compile()`.
 

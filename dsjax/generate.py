@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.backend import compiler_options
+from dsjax.backend import compiler_options, place
 from dsjax.cache import SPARE, V4Cache, rollback
 from dsjax.cache.rows import round_capacity
 from dsjax.config import Config
@@ -191,11 +191,13 @@ class Engine:
         _check_native(config, numerics, params)
         self.config = config
         self.params = params
-        self.numerics = numerics
-        self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
         device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self.numerics = numerics.for_platform(device.platform)
+        self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
         if parallel is None and device.platform != "cpu":  # a mesh of one, for where its cache lies
             parallel = one_device(config, device)
+        if parallel is not None:  # only what lies otherwise is moved
+            self.params = jax.tree.map(place, params, parallel.weight_placement(params))
         self.parallel = parallel
         self.rules = parallel.rules if parallel else UNSPLIT
         self._compiled: dict[Any, Any] = {}

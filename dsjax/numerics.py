@@ -12,7 +12,7 @@ from jax import lax
 
 from dsjax.config import Config, V3Config, V4Config
 from dsjax.errors import InputError
-from quant import E2M1, E4M3, QArray, act_dequant, act_quant, block_scaled_dot, fake_act_quant
+from quant import E2M1, E4M3, FUSED, TILED, Form, QArray, act_dequant, act_quant, block_scaled_dot, fake_act_quant
 
 Rows = jax.Array | tuple[jax.Array, jax.Array]
 """Activations [T, K], or E4M3 codes uint8 [T, K] and float32 scales [T, K/128] that stand for them."""
@@ -31,6 +31,8 @@ class Numerics:
       pow2: native's activation scales are powers of two (UE8M0: V3.1 on) instead of float32.
       kv: how V3.2's latents and V4's keys are held: "auto", which is "fp8" in native and the activation dtype in plain,
         or "fp8" or "bfloat16" (native only: without the rounding through E4M3; spec V3 2.4, V4 4.2).
+      products: how products with stored weights are written (`quant.Form`): "fused" for few tokens; always "tiled"; or
+        "auto", what the platform's compiler likes (`for_platform`) or else fused.
     """
 
     mode: str = "plain"
@@ -38,6 +40,7 @@ class Numerics:
     mla: str = "auto"
     pow2: bool = False
     kv: str = "auto"
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -45,6 +48,7 @@ class Numerics:
             ("dtype", ("float32", "bfloat16")),
             ("mla", ("auto", "absorbed", "naive")),
             ("kv", ("auto", "fp8", "bfloat16")),
+            ("products", ("auto", "fused", "tiled")),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(f"numerics {name}: expected {' or '.join(choices)}, found {getattr(self, name)!r}")
@@ -81,6 +85,17 @@ class Numerics:
             raise InputError(f"--kv {self.kv}: expected deepseek_v32 or deepseek_v4, found {config.model_type}")
         pow2 = isinstance(config, V4Config) or (config.quantization is not None and config.quantization.pow2)
         return dataclasses.replace(self, pow2=pow2)
+
+    def for_platform(self, platform: str) -> Numerics:
+        """These numerics with products, unless they are chosen, written as the platform's compiler likes them."""
+        if self.products != "auto":
+            return self
+        return dataclasses.replace(self, products="tiled" if platform == "tpu" else "fused")
+
+    @property
+    def form(self) -> Form:
+        """How products with stored weights are written."""
+        return TILED if self.products == "tiled" else FUSED
 
     @property
     def native(self) -> bool:
@@ -131,4 +146,4 @@ class Numerics:
         In native this is DeepSeek's FP8 product (spec V3 4.3): scales are folded into the operands, which changes
         nothing beyond float32 summation order.
         """
-        return self.round(total(block_scaled_dot(self.operand(x, w), w, index)))
+        return self.round(total(block_scaled_dot(self.operand(x, w), w, index, self.form)))

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.backend import cache_placement
+from dsjax.backend import cache_placement, weight_placement
 from dsjax.checkpoint.load import LoadStats, load
 from dsjax.config import Config
 from dsjax.errors import InputError
@@ -76,6 +76,12 @@ class Parallel:
             lambda where, a: cache_placement(where, a, platform), self.place(self.layout.cache_specs(cache)), cache
         )
 
+    def weight_placement(self, params: Tree) -> Any:
+        """The same of parameters."""
+        platform = self.mesh.devices.flat[0].platform
+        where = self.place(self.layout.param_specs(params, self.config))
+        return jax.tree.map(lambda where, a: weight_placement(where, a, platform), where, params)
+
     def new_cache(self, make: Callable[[], Any]) -> Any:
         """The cache that `make` makes, each device making its part."""
         cache: Any = jax.jit(make, out_shardings=self.cache_placement(jax.eval_shape(make)))()
@@ -122,7 +128,7 @@ class Parallel:
         held = self.cache_placement(cache)
         return jax.jit(
             body,
-            in_shardings=(self.place(weights), held, *self.place(tuple(inputs))),
+            in_shardings=(self.weight_placement(params), held, *self.place(tuple(inputs))),
             out_shardings=(*self.place(tuple(outputs)), held),
             **options,
         )

@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 
 from quant.matmul import (
+    FUSED,
     FUSED_ELEMENTS,
-    FUSED_TOKENS,
+    Form,
     Index,
     Weight,
     block_scaled_dot,
@@ -49,20 +50,23 @@ class Groups:
     size: int
 
 
-def group_size(assignments: int, experts: int) -> int:
+def group_size(assignments: int, experts: int, form: Form = FUSED) -> int:
     """Rows per block.
 
-    Up to FUSED_TOKENS per expert on average, 1: the fused product, which re-reads an expert's bytes from cache where
-    two blocks share it. Beyond, whole tiles of a matrix unit (16 rows), half above the mean load: larger blocks compute
-    more padding, smaller ones decode an expert more often.
+    Up to the form's `fused_tokens` per expert on average, 1: the fused product, which re-reads an expert's bytes from
+    cache where two blocks share it. Beyond, whole tiles of a matrix unit (16 rows, or the form's `block_rows`), half
+    above the mean load: larger blocks compute more padding, smaller ones decode an expert more often.
 
     Args:
       assignments: how many are expected.
       experts: among which.
+      form: how products are written.
     """
     mean = assignments / experts
-    if mean <= FUSED_TOKENS:
+    if mean <= form.fused_tokens:
         return 1
+    if 1.5 * mean <= form.block_rows:
+        return form.block_rows
     return 16 * min(math.ceil(1.5 * mean / 16), MAX_GROUP_ROWS // 16)
 
 
@@ -101,7 +105,7 @@ def group_tokens(
 
 
 def expert_dot(
-    x: Float[Array, "C size K"], w: Weight, experts: Int32[Array, " C"], index: Index = ()
+    x: Float[Array, "C size K"], w: Weight, experts: Int32[Array, " C"], index: Index = (), form: Form = FUSED
 ) -> Float32[Array, "C size N"]:
     """Blocks of rows, each times its expert's matrix w[*index, experts[c]]; float32 [C, size, N].
 
@@ -110,14 +114,15 @@ def expert_dot(
       w: [*lead, E, N, K].
       experts: int32 [C]; more than one only where C matrices fit a tile (`experts_at_once`).
       index: indices of the `lead` axes.
+      form: how the product is written.
     """
     if x.shape[0] == 1:
-        return block_scaled_dot(x, w, (*index, experts[0]))
+        return block_scaled_dot(x, w, (*index, experts[0]), form)
     tile = w.gather((*index, experts)) if isinstance(w, QArray) else w.at[(*index, experts)].get(mode="clip")
-    return tile_dot(tile, x)
+    return tile_dot(tile, x, form)
 
 
-def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float32[Array, "G T N"]:
+def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = (), form: Form = FUSED) -> Float32[Array, "G T N"]:
     """x[g] times the transpose of w[*index, g] for every g: few tokens, many matrices at a time; else one by one, for
     XLA:CPU takes a product of several, whose operand was moved there, to float32.
 
@@ -125,14 +130,15 @@ def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float
       x: float [G, T, K].
       w: [*lead, G, N, K].
       index: indices of the `lead` axes.
+      form: how the products are written.
     """
     matrices, tokens = x.shape[:2]
-    fit = FUSED_ELEMENTS // math.prod(w.shape[-2:]) if can_fuse(w.shape[-2:], w, tokens) else 1
+    fit = FUSED_ELEMENTS // math.prod(w.shape[-2:]) if can_fuse(w.shape[-2:], w, tokens, form) else 1
     at_once = max(n for n in range(1, matrices + 1) if matrices % n == 0 and n <= max(1, fit))
 
     def run(first: Any) -> jax.Array:
         rows = lax.dynamic_slice_in_dim(x, first, at_once, axis=0)
-        return expert_dot(rows, w, first + jnp.arange(at_once, dtype=jnp.int32), index)
+        return expert_dot(rows, w, first + jnp.arange(at_once, dtype=jnp.int32), index, form)
 
     if at_once == matrices:
         return run(0)
@@ -140,18 +146,23 @@ def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = ()) -> Float
     return lax.scan(lambda _, first: (None, run(first)), None, trips)[1].reshape(matrices, tokens, -1)
 
 
-def experts_at_once(groups: Groups, matrices: Sequence[Weight], dtype: Any, assignments: int) -> int:
+def experts_at_once(
+    groups: Groups, matrices: Sequence[Weight], dtype: Any, assignments: int, form: Form = FUSED
+) -> int:
     """Blocks that one `expert_dot` takes: as many of the largest matrix as fit a tile, at most those that are expected
-    to hold work.
+    to hold work; one where the form never fuses.
 
     Args:
       groups: from `group_tokens`.
       matrices: stacks that a block is multiplied with.
       dtype: of activations.
       assignments: how many are expected.
+      form: how products are written.
     """
+    if not form.fused_tokens:
+        return 1
     blocks = max(1, min(groups.expert.shape[0], assignments))
-    fit = min(tile_elements(w.shape[-2:], w, groups.size, dtype) // math.prod(w.shape[-2:]) for w in matrices)
+    fit = min(tile_elements(w.shape[-2:], w, groups.size, dtype, form) // math.prod(w.shape[-2:]) for w in matrices)
     trips = -(-blocks // max(1, fit))
     return -(-blocks // trips)
 

@@ -7,10 +7,13 @@ More tokens (prefill, large batches): *by tiles*. A tile of the weight is decode
 matrix product, in the activations' dtype: bfloat16 activations take the matrix units with bfloat16 operands and float32
 sums, the dequantised weight rounded once; float32 activations, or float32 weights, take float32 products. Temporary
 memory does not grow with the weight on any backend.
+
+Which of the two is a `Form`'s choice: compilers differ in what they make of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -39,8 +42,34 @@ operation costs (measured; see docs/decisions.md)."""
 
 MAX_TILE_ROWS = 2048
 
-FUSED_TOKENS = 3
-"""Up to this many tokens the fused form is used: it decodes once per token, which stays cheaper than memory traffic."""
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How products with stored weights are written for a compiler. Static; sums differ in their order only, and in when
+    bfloat16 activations round the weight, too.
+
+    Attributes:
+      fused_tokens: up to this many tokens take the fused form, and several experts at once. It decodes once per token,
+        which stays cheaper than memory traffic.
+      tile_rows: tiles that are not all of a matrix have a multiple of this many rows.
+      block_rows: rows of a block of assignments to one expert, at least (`quant.grouped`).
+      spread: scales of row groups are spread over channels by "repeat", or by a "product" with a matrix of ones and
+        zeros, which gives the same numbers.
+    """
+
+    fused_tokens: int
+    tile_rows: int
+    block_rows: int
+    spread: str
+
+
+FUSED = Form(fused_tokens=3, tile_rows=1, block_rows=1, spread="repeat")
+"""For compilers that fuse decoding, product and sum in one loop: XLA:CPU."""
+
+TILED = Form(fused_tokens=0, tile_rows=32, block_rows=8, spread="product")
+"""For compilers that fuse decoding into the operand of a matrix unit: XLA:TPU. There, the fused form's sums are written
+as float32 tiles, a gather of several experts copies their whole stack, rows that are no multiple of 32 re-tile it, and
+repeated scales turn it over."""
 
 FUSED_ELEMENTS = 1 << 24
 """Weights in one fused product. Where a compiler does not fuse, its partial sums take 1/16 of that per token and more,
@@ -166,22 +195,24 @@ def _has_row_groups(w: Weight) -> bool:
     return isinstance(w, QArray) and w.format.packed and w.block == (1, GROUP)
 
 
-def can_fuse(shape: tuple[int, ...], w: Weight, tokens: int) -> bool:
+def can_fuse(shape: tuple[int, ...], w: Weight, tokens: int, form: Form = FUSED) -> bool:
     """Whether a tile [..., N, K] of w takes the fused form."""
+    if tokens > form.fused_tokens:
+        return False
     n, k = shape[-2:]
     packed = isinstance(w, QArray) and w.format.packed
     if _has_row_groups(w):
-        return tokens <= FUSED_TOKENS and fused_steps(k, GROUP, GROUP_STEPS) > 0
-    if tokens > FUSED_TOKENS or not fused_steps(k // 2 if packed else k):
+        return fused_steps(k, GROUP, GROUP_STEPS) > 0
+    if not fused_steps(k // 2 if packed else k):
         return False
     if not isinstance(w, QArray) or w.scales is None or w.scales.shape[-1] == 1:
         return True
     return math.gcd(n, w.block[0] or n) >= MAX_STEPS and not (packed and w.block[1] % 2)
 
 
-def _takes_bfloat16(w: Weight, tokens: int, dtype: Any) -> bool:
+def _takes_bfloat16(w: Weight, tokens: int, dtype: Any, form: Form) -> bool:
     """Whether a decoded tile is multiplied in bfloat16. What is held in float32 or float16 has more bits than that."""
-    return isinstance(w, QArray) and w.format != F16 and dtype == jnp.bfloat16 and tokens > FUSED_TOKENS
+    return isinstance(w, QArray) and w.format != F16 and dtype == jnp.bfloat16 and tokens > form.fused_tokens
 
 
 def _fused_group_dot(tile: QArray, x: jax.Array) -> jax.Array:
@@ -238,18 +269,32 @@ def _fused_dot(tile: Weight, x: jax.Array) -> jax.Array:
     return jnp.swapaxes(y if row is None else y * row[..., None], -1, -2)
 
 
-def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
+def _spread(block: jax.Array, factor: float, bk: int, k: int, form: Form) -> jax.Array:
+    """Block scales [*lead, r, CB] as held -> float32 [*lead, r, k], times a factor."""
+    if form.spread == "repeat" or bk >= 128:  # whole rows of lanes repeat without harm
+        # Scales are spread over channels beforehand: the loop over weights then divides no index.
+        return lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (block.shape[-2], k)))
+    channel = lax.broadcasted_iota(jnp.int32, (block.shape[-1], k), 1)
+    ones = channel // bk == lax.broadcasted_iota(jnp.int32, channel.shape, 0)
+    values = scale_values(block) * factor
+    if block.dtype == jnp.uint8:  # powers of two, which bfloat16 holds
+        values, ones = values.astype(jnp.bfloat16), ones.astype(jnp.bfloat16)
+    return jnp.einsum(
+        "...rc,ck->...rk", values, ones, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+
+def _decoded_dot(tile: Weight, x: jax.Array, form: Form) -> jax.Array:
     block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
     n = tile.shape[-2]
-    bfloat16 = _takes_bfloat16(tile, x.shape[-2], x.dtype)
+    bfloat16 = _takes_bfloat16(tile, x.shape[-2], x.dtype, form)
     parts, factor = _parts(tile, x if bfloat16 else x.astype(jnp.float32))
     y: Any = 0
     for values, channels, bk in parts:
         k = values.shape[-1]
         if block is not None:
-            # Scales are spread over channels beforehand: the loop over weights then divides no index.
             r = block.shape[-2]
-            spread = lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (r, k)))
+            spread = _spread(block, factor, bk, k, form)
             values = values.reshape(*values.shape[:-2], r, n // r, k) * spread[..., None, :]
             values = values.reshape(*values.shape[:-3], n, k)
         if bfloat16 and isinstance(tile, QArray) and tile.format == BF16:
@@ -268,12 +313,14 @@ def _decoded_dot(tile: Weight, x: jax.Array) -> jax.Array:
     return y if row is None else y * row[..., None, :]
 
 
-def tile_dot(tile: Weight, x: Float[Array, "*lead T K"]) -> Float32[Array, "*lead T N"]:
+def tile_dot(tile: Weight, x: Float[Array, "*lead T K"], form: Form = FUSED) -> Float32[Array, "*lead T N"]:
     """x [*lead, T, K] with a tile [*lead, N, K]; the tile should be a slice, which is then read in place."""
-    return (_fused_dot if can_fuse(tile.shape, tile, x.shape[-2]) else _decoded_dot)(tile, x)
+    if can_fuse(tile.shape, tile, x.shape[-2], form):
+        return _fused_dot(tile, x)
+    return _decoded_dot(tile, x, form)
 
 
-def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[Array, "*lead T K"]:
+def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"], form: Form = FUSED) -> Float32[Array, "*lead T K"]:
     """x [*lead, T, N] with the transpose of a tile [*lead, N, K]: y[..., k] = sum_n x[..., n] tile[n, k]."""
     *_, n, k = tile.shape
     t = x.shape[-2]
@@ -281,9 +328,9 @@ def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[A
     block, row = _split_scales(tile) if isinstance(tile, QArray) else (None, None)
     per_block = n if block is None else n // block.shape[-2]
     packed = isinstance(tile, QArray) and tile.format.packed
-    if t > FUSED_TOKENS or packed or not steps or n // steps > MAX_STEPS or per_block % steps:
+    if t > form.fused_tokens or packed or not steps or n // steps > MAX_STEPS or per_block % steps:
         weights = dequantise(tile) if isinstance(tile, QArray) else tile.astype(jnp.float32)
-        if _takes_bfloat16(tile, t, x.dtype):
+        if _takes_bfloat16(tile, t, x.dtype, form):
             return jnp.einsum("...nk,...tn->...tk", round_to_bfloat16(weights), x, preferred_element_type=jnp.float32)
         x = x.astype(jnp.float32)
         return jnp.einsum("...nk,...tn->...tk", weights, x, precision=lax.Precision.HIGHEST)
@@ -304,22 +351,28 @@ def transposed_tile_dot(tile: Weight, x: Float[Array, "*lead T N"]) -> Float32[A
 # --- one matrix of a stack ------------------------------------------------------------------------------------------
 
 
-def tile_elements(shape: tuple[int, ...], w: Weight, tokens: int, dtype: Any) -> int:
+def tile_elements(shape: tuple[int, ...], w: Weight, tokens: int, dtype: Any, form: Form = FUSED) -> int:
     """Weights to take at a time from a matrix of this shape for that many tokens of activations in `dtype`."""
-    if can_fuse(shape, w, tokens):
+    if can_fuse(shape, w, tokens, form):
         return FUSED_ELEMENTS
-    return TILE_BYTES // (2 if _takes_bfloat16(w, tokens, dtype) else 4)
+    return TILE_BYTES // (2 if _takes_bfloat16(w, tokens, dtype, form) else 4)
 
 
-def tile_rows(n: int, k: int, bn: int, limit: int) -> int:
+def tile_rows(n: int, k: int, bn: int, limit: int, multiple: int = 1) -> int:
     """Rows per tile for a matrix [n, k] with row blocks of bn: about `limit` weights.
 
     A tile is made of whole blocks or divides one; one that cuts a block would cost a gather of its scales.
+
+    Args:
+      multiple: of rows, of which a tile has a multiple where that is possible; a power of two.
     """
     rows = min(n, max(8, limit // k))
     if rows == n:
         return n
     rows = rows if limit == FUSED_ELEMENTS else min(rows, MAX_TILE_ROWS)  # no limit for the fused form
+    step = math.lcm(bn, multiple)
+    if rows >= step:
+        return rows - rows % step
     if rows >= bn:
         return rows - rows % bn
     rows = 1 << (rows.bit_length() - 1)
@@ -333,17 +386,20 @@ def take_tile(w: Weight, index: Index, start: Any, rows: int, *, stride: int) ->
     return lax.dynamic_slice(w, (*index, start, 0), (1,) * len(index) + (rows, w.shape[-1])).reshape(rows, -1)
 
 
-def block_scaled_dot(x: Float[Array, "*batch K"], w: Weight, index: Index = ()) -> Float32[Array, "*batch N"]:
+def block_scaled_dot(
+    x: Float[Array, "*batch K"], w: Weight, index: Index = (), form: Form = FUSED
+) -> Float32[Array, "*batch N"]:
     """y[..., n] = sum_k x[..., k] w[index][n, k], decoding the weight as it is used.
 
     With few tokens, float32 activations or float32 weights, equal to `reference_dot` within float32 summation order.
-    With more than FUSED_TOKENS tokens in bfloat16, the dequantised weight is rounded to bfloat16 too, as in a bfloat16
-    copy of the checkpoint; sums stay float32.
+    With more than the form's `fused_tokens` in bfloat16, the dequantised weight is rounded to bfloat16 too, as in a
+    bfloat16 copy of the checkpoint; sums stay float32.
 
     Args:
       x: float [..., K].
       w: [*lead, N, K], a QArray or a float array; `lead` has one axis per entry of `index`.
       index: leading indices; the matrix is sliced at the point of use, so no layer of a stack is ever copied.
+      form: how it is written.
 
     Returns:
       float32 [..., N].
@@ -357,13 +413,13 @@ def block_scaled_dot(x: Float[Array, "*batch K"], w: Weight, index: Index = ()) 
     channels = x.reshape(-1, k)
     t = channels.shape[0]
     bn = (w.block[0] or n) if isinstance(w, QArray) and w.scales is not None else 1
-    rows = tile_rows(n, k, bn, tile_elements((n, k), w, t, x.dtype))
+    rows = tile_rows(n, k, bn, tile_elements((n, k), w, t, x.dtype, form), form.tile_rows)
     full = n // rows
 
     def one(start: Any, size: int = rows) -> jax.Array:
-        return tile_dot(take_tile(w, index, start, size, stride=rows if rows < n else 0), channels)
+        return tile_dot(take_tile(w, index, start, size, stride=rows if rows < n else 0), channels, form)
 
-    if can_fuse((n, k), w, t):
+    if can_fuse((n, k), w, t, form):
         # Two tiles in a step of the loop: XLA:CPU fuses a lone one with the update of the result, on a single thread.
         pairs = full // 2 if full > 2 else 0
         rest = [one(start, min(rows, n - start)) for start in range(2 * pairs * rows, n, rows)]

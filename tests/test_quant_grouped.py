@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_quant_matmul import BOUND, few_examples, random_weight
 
-from quant import E2M1, E4M3, FUSED_TOKENS, QArray, quantise
+from quant import E2M1, E4M3, FUSED, QArray, quantise
 from quant.grouped import Groups, expert_dot, experts_at_once, group_size, group_tokens, grouped_sum
 
 jit_group = jax.jit(group_tokens, static_argnums=(1, 3))
@@ -99,8 +99,8 @@ def test_blocks_follow_routed_tokens_not_experts(experts: int) -> None:
 def test_group_size_holds_the_mean_load_without_much_padding(assignments: int, experts: int) -> None:
     """1 while the fused product is used; else a whole number of matrix-unit tiles (16 rows), about half above it."""
     size, mean = group_size(assignments, experts), assignments / experts
-    assert size == 1 if mean <= FUSED_TOKENS else size % 16 == 0 and size <= 1.5 * mean + 16
-    assert size >= min(mean, 128) or mean <= FUSED_TOKENS
+    assert size == 1 if mean <= FUSED.fused_tokens else size % 16 == 0 and size <= 1.5 * mean + 16
+    assert size >= min(mean, 128) or mean <= FUSED.fused_tokens
 
 
 def test_no_more_experts_at_once_than_are_expected() -> None:

@@ -22,7 +22,7 @@ from quant import matmul
 from quant.formats import BF16, E2M1, E4M3, E5M2, F16, INT4, INT8, Format, round_to_bfloat16
 from quant.grouped import expert_dot
 from quant.matmul import (
-    FUSED_TOKENS,
+    FUSED,
     block_scaled_dot,
     can_fuse,
     reference_block_scaled_dot,
@@ -192,13 +192,13 @@ def test_block_scaled_dot_of_float_weights(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E2M1, INT8, BF16], ids=lambda f: f.name)
-@pytest.mark.parametrize("tokens", [1, FUSED_TOKENS, FUSED_TOKENS + 1, 40])
+@pytest.mark.parametrize("tokens", [1, FUSED.fused_tokens, FUSED.fused_tokens + 1, 40])
 def test_bfloat16_activations_take_bfloat16_weights_beyond_few_tokens(fmt: Format, tokens: int) -> None:
     """Few tokens: the float64 product of the exact weights. Many: that of the weights rounded once to bfloat16."""
     rng = np.random.default_rng(tokens)
     w, numbers = random_weight(rng, (2, 333, 512), fmt, (64, 64), False)
     x = jnp.asarray(rng.normal(size=(tokens, 512)), jnp.bfloat16)
-    if tokens > FUSED_TOKENS:
+    if tokens > FUSED.fused_tokens:
         numbers = bfloat16_weights(numbers)
     got = dot(x, w, (1,))
     assert_close(got, np.asarray(x, np.float64) @ numbers[1].T)
@@ -227,7 +227,7 @@ def test_transposed_tile_dot(fmt: Format, n: int, k: int, block: Block, tokens: 
         x = np.float32(rng.normal(size=(3, tokens, n)))
         assert_close(jax.jit(transposed_tile_dot)(w, x), np.einsum("htn,hnk->htk", x.astype(np.float64), numbers))
         half = jnp.asarray(x, jnp.bfloat16)
-        if tokens > FUSED_TOKENS:
+        if tokens > FUSED.fused_tokens:
             numbers = bfloat16_weights(numbers)
         want = np.einsum("htn,hnk->htk", np.asarray(half, np.float64), numbers)
         assert_close(jax.jit(transposed_tile_dot)(w, half), want)
@@ -344,7 +344,7 @@ def test_fp4_products(tokens: int, n: int, k: int) -> None:
     """Channels that divide into 8 groups and such that do not, for one matrix and for several gathered from a stack."""
     rng = np.random.default_rng(tokens)
     w, numbers = random_weight(rng, (2, 4, n, k), E2M1, FP4_BLOCK, True)
-    assert can_fuse((n, k), w, tokens) == (tokens <= FUSED_TOKENS and k != 1056)
+    assert can_fuse((n, k), w, tokens) == (tokens <= FUSED.fused_tokens and k != 1056)
     chosen = np.array([3, 0, 3], np.int32)
     x = jnp.asarray(rng.normal(size=(3, tokens, k)), jnp.bfloat16)
     exact = np.einsum("ctk,cnk->ctn", np.asarray(x, np.float64), numbers[1, chosen])

@@ -88,8 +88,8 @@ class Compressor:
         """
         index = (layer,)
         with jax.named_scope("compressor"):
-            k = block_scaled_dot(x, self.params["kv"], index)
-            z = block_scaled_dot(x, self.params["gate"], index)
+            k = block_scaled_dot(x, self.params["kv"], index, self.numerics.form)
+            z = block_scaled_dot(x, self.params["gate"], index, self.numerics.form)
             z = z + self.params["position"][layer][positions % self.ratio]
             new = jnp.concatenate([k, z], axis=-1)
             start = positions[:, 0]

@@ -65,7 +65,7 @@ class SwiGLU(nnx.Module):
         numerics, down = self.numerics, self.down[...]
         gate, up = (numerics.linear(x, w[...], (layer,)) for w in (self.gate, self.up))
         inner = swiglu(gate, up, numerics, self.limit)
-        return block_scaled_dot(numerics.operand(inner, down), down, (layer,))
+        return block_scaled_dot(numerics.operand(inner, down), down, (layer,), numerics.form)
 
     def __call__(self, x: Float[Array, "*batch D"], layer: Any) -> Float[Array, "*batch D"]:
         """[..., D] -> [..., D]."""
@@ -140,11 +140,11 @@ class Experts(nnx.Module):
         numerics, limit, early = self.numerics, self.config.swiglu_limit, self.config.weights_before_down
         experts = gate.shape[1]
         operand = numerics.dequantised(rows)
-        groups = group_tokens(choices, experts, present, group_size(assignments, experts))
+        groups = group_tokens(choices, experts, present, group_size(assignments, experts, numerics.form))
 
         def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array) -> jax.Array:
             def dot(x: jax.Array, w: jax.Array | QArray, whole: bool = True) -> jax.Array:
-                out = expert_dot(x, w, chosen, (layer,))
+                out = expert_dot(x, w, chosen, (layer,), numerics.form)
                 return numerics.round(out) if whole else out
 
             weight = weight[..., None]
@@ -152,7 +152,7 @@ class Experts(nnx.Module):
             out = dot(numerics.operand(inner, down), down, self.whole)
             return out if early else out.astype(jnp.float32) * weight
 
-        at_once = experts_at_once(groups, (gate, up, down), operand.dtype, assignments)
+        at_once = experts_at_once(groups, (gate, up, down), operand.dtype, assignments, numerics.form)
         return grouped_sum(expert, operand, groups, at_once, weights)
 
 
@@ -212,7 +212,7 @@ class MoE(nnx.Module):
         """[B, T, D] -> [B, T, D], rounded once after everything is added in float32."""
         flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            choices, weights = gate(block_scaled_dot(flat, self.router[...], (layer,)))
+            choices, weights = gate(block_scaled_dot(flat, self.router[...], (layer,), self.numerics.form))
         with jax.named_scope("experts"):
             routed = self._routed(flat, choices, weights, valid.reshape(-1), layer)
         numerics, rules = self.numerics, self.rules

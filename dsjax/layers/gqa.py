@@ -42,7 +42,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def _project(self, x: jax.Array, name: str, layer: Any) -> jax.Array:
         """[B, T, D] -> [B, T, heads, U], with its bias, rounded once."""
-        y = block_scaled_dot(x, getattr(self, name)[...], (layer,))
+        y = block_scaled_dot(x, getattr(self, name)[...], (layer,), self.numerics.form)
         if name in self.biases:
             y = y + self.biases[name][layer]
         return self.numerics.round(y).reshape(*x.shape[:2], -1, self.config.head_dim)

@@ -26,7 +26,7 @@ from dsjax.layers.token_indexer import TokenIndexer
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
-from quant.matmul import FUSED_TOKENS, TILE_BYTES
+from quant.matmul import TILE_BYTES
 from sharding import UNSPLIT, Rules
 
 
@@ -73,8 +73,13 @@ def absorbed(
     c, u = config.kv_lora_rank, config.v_head_dim
     g = n + u
 
+    index: tuple[Any, ...] = (layer,)
+    if not numerics.form.fused_tokens:
+        # It is used twice, across and along its rows: XLA:TPU would turn the whole stack over for one of them.
+        kv_b, index = lax.optimization_barrier(take_tile(kv_b, index, 0, kv_b.shape[-2], stride=0)), ()
+
     # The fused products decode nothing; all others, and native's rounding of kv_b, a few heads at a time.
-    fused = b * t <= FUSED_TOKENS and not numerics.native
+    fused = b * t <= numerics.form.fused_tokens and not numerics.native
     heads = h if fused else max(1, TILE_BYTES // 4 // (g * c))
     while h % heads:
         heads -= 1
@@ -84,12 +89,12 @@ def absorbed(
         """x [B, T, H, .] times `rows` rows from `first` of each head's part of kv_b, a group of heads at a time."""
 
         def one(i: Any) -> jax.Array:
-            tile = take_tile(kv_b, (layer,), i * heads * g, heads * g, stride=heads * g if heads < h else 0)
+            tile = take_tile(kv_b, index, i * heads * g, heads * g, stride=heads * g if heads < h else 0)
             if numerics.native:
                 tile = numerics.round(dequantise(tile)) if isinstance(tile, QArray) else numerics.round(tile)
             group = lax.dynamic_slice_in_dim(x, i * heads, heads, axis=2)
             group = jnp.moveaxis(group, 2, 0).reshape(heads, b * t, -1)
-            return numerics.round(dot(rows_of_heads(tile, heads, first, rows), group))
+            return numerics.round(dot(rows_of_heads(tile, heads, first, rows), group, numerics.form))
 
         out = one(0) if h == heads else lax.scan(lambda _, i: (None, one(i)), None, jnp.arange(h // heads))[1]
         return jnp.moveaxis(out.reshape(h, b, t, -1), 0, 2)

@@ -131,7 +131,7 @@ def grouped_output(
     out = gather(out, tuple(axis for axis in rules.axes("heads") if axis not in here), dim=2)
     out = out.reshape(b * t, -1, o_a.shape[-1])
     groups = out.shape[1]
-    low = batched_dot(jnp.moveaxis(out, 1, 0), split_rows(o_a, groups), (layer,))
+    low = batched_dot(jnp.moveaxis(out, 1, 0), split_rows(o_a, groups), (layer,), numerics.form)
     low = scatter_sum(low, rules.axes("group_heads"), dim=2)
     low = numerics.round(jnp.moveaxis(low, 0, 1)).reshape(b, t, -1)
     return numerics.linear(low, o_b, (layer,), partial(rules.sum, "o_low"))

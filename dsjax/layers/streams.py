@@ -47,11 +47,11 @@ def sinkhorn(logits: Float32[Array, "*batch n n"], iterations: int, eps: float) 
     return jnp.moveaxis(lax.fori_loop(0, iterations - 1, both, c), (0, 1), (-2, -1))
 
 
-def _mixes(streams: jax.Array, params: Tree, index: tuple[Any, ...], config: V4Config) -> jax.Array:
+def _mixes(streams: jax.Array, params: Tree, index: tuple[Any, ...], config: V4Config, numerics: Numerics) -> jax.Array:
     """fn @ z * rsqrt(mean(z^2) + eps), z all streams of a token as one vector; float32 [B, T, mixes]."""
     z = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
     rho = lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + config.rms_norm_eps)
-    return block_scaled_dot(z, params["fn"], index) * rho
+    return block_scaled_dot(z, params["fn"], index, numerics.form) * rho
 
 
 def hyper_connection_pre(
@@ -68,7 +68,7 @@ def hyper_connection_pre(
       u = sum_j pre_j X_j, [B, T, D] in the activation dtype; post, float32 [B, T, n]; comb, float32 [B, T, n, n].
     """
     n = config.hc_mult
-    m = _mixes(streams, params, index, config)
+    m = _mixes(streams, params, index, config, numerics)
     base, scale = params["base"][index], params["scale"][index]
     pre = jax.nn.sigmoid(m[..., :n] * scale[0] + base[:n]) + config.hc_eps
     post = 2 * jax.nn.sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n])
@@ -106,6 +106,6 @@ def hyper_connection_head(
     Args:
       params: float32 fn [..., n, n D], base [..., n], scale [..., 1].
     """
-    m = _mixes(streams, params, index, config)
+    m = _mixes(streams, params, index, config, numerics)
     pre = jax.nn.sigmoid(m * params["scale"][index] + params["base"][index]) + config.hc_eps
     return numerics.round(_weighted_sum(pre, streams))

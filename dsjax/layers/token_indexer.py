@@ -68,7 +68,7 @@ class TokenIndexer(nnx.Module):
         if self.numerics.native:
             # Scales are powers of two: bfloat16 holds the values exactly, and it is the same to scale before the sum.
             q = fake_act_quant(q, pow2=True, group=self.sizes.head_dim).astype(jnp.bfloat16)
-        return q, block_scaled_dot(x, self.weights[...], (layer,)) * self.sizes.scale
+        return q, block_scaled_dot(x, self.weights[...], (layer,), self.numerics.form) * self.sizes.scale
 
     @jax.named_scope("indexer")
     def choose(

@@ -67,7 +67,7 @@ class Dense(nnx.Module):
         carry = residual, jnp.zeros_like(residual), cache
         (residual, delta, cache), _ = lax.scan(layer, carry, jnp.arange(config.num_hidden_layers))
         _, hidden = add_norm(residual, delta, self.norm[...], eps, numerics)
-        logits = ends.logits(hidden, self.head[...], n_new, want, self.rules)
+        logits = ends.logits(hidden, self.head[...], n_new, want, numerics, self.rules)
         return logits, hidden, dataclasses.replace(cache, length=cache.length + n_new)
 
 

@@ -45,6 +45,7 @@ def logits(
     head: jax.Array | QArray,
     n_new: jax.Array,
     want: str,
+    numerics: Numerics,
     rules: Rules = UNSPLIT,
     finish: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
 ) -> jax.Array | None:
@@ -55,6 +56,7 @@ def logits(
       head: [V, D].
       n_new: int32 [B].
       want: which positions.
+      numerics: which say how the product is written.
       rules: where the vocabulary is split, the logits are of this device's part of it, for all slots of the devices
         that have the other parts.
       finish: what is left to do with hidden, [B, t, ...] -> [B, t, D], done for the wanted positions only.
@@ -63,6 +65,7 @@ def logits(
         return None
     differ, _ = vocabulary_axes(rules)
     if want == "all":
-        return block_scaled_dot(gather(finish(hidden), differ), head)
+        return block_scaled_dot(gather(finish(hidden), differ), head, (), numerics.form)
     last = jnp.maximum(n_new - 1, 0).reshape(-1, *[1] * (hidden.ndim - 1))
-    return block_scaled_dot(gather(finish(jnp.take_along_axis(hidden, last, axis=1)), differ), head)[:, 0]
+    found = gather(finish(jnp.take_along_axis(hidden, last, axis=1)), differ)
+    return block_scaled_dot(found, head, (), numerics.form)[:, 0]

@@ -96,7 +96,7 @@ class V3(nnx.Module):
             if stack is not None:
                 residual, delta, cache = stack(residual, delta, cache, call)
         _, hidden = add_norm(residual, delta, self.norm[...], self.config.rms_norm_eps, self.numerics)
-        logits = ends.logits(hidden, self.head[...], n_new, want, self.rules)
+        logits = ends.logits(hidden, self.head[...], n_new, want, self.numerics, self.rules)
         return logits, hidden, dataclasses.replace(cache, length=cache.length + n_new)
 
 
@@ -133,7 +133,7 @@ class MTP(nnx.Module):
         residual = numerics.linear(joined, self.projection[...], (0,))
         residual, delta, cache = self.stack(residual, jnp.zeros_like(residual), cache, call)
         _, out = add_norm(residual, delta, self.norm[...][0], eps, numerics)
-        logits = ends.logits(out, self.head[...], n_new, want, self.rules)
+        logits = ends.logits(out, self.head[...], n_new, want, self.numerics, self.rules)
         return logits, out, dataclasses.replace(cache, length=cache.length + n_new)
 
 

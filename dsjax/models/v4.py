@@ -159,8 +159,10 @@ class Layers(nnx.Module):
             u, post, comb = hyper_connection_pre(streams, params["ffn_streams"], index, config, numerics)
             x = norm(u, params["post_norm"])
         if kind.hashed:
-            table = self.params["hashed"]["table"][places["hashed"]]
-            bias, choices = None, table[call.ids.reshape(-1)]
+            table, ids = self.params["hashed"]["table"], call.ids.reshape(-1)
+            # Rows of the stack, not of a layer of it: XLA:TPU would fill rows of 6 up to 128, for the whole vocabulary.
+            place = jnp.full_like(ids, places["hashed"])
+            bias, choices = None, table.at[place, ids].get(mode="promise_in_bounds")
         else:
             bias, choices = self.params["scored"]["bias"][places["scored"]], None
         gate = partial(sqrtsoftplus_gate, bias=bias, choices=choices, config=config)
@@ -195,7 +197,7 @@ class V4(nnx.Module):
             y = hyper_connection_head(streams, self.head_streams, (), config, numerics)
             return numerics.round(rms_norm(y, self.norm[...], config.rms_norm_eps))
 
-        logits = ends.logits(streams, self.head[...], n_new, want, self.rules, finish)
+        logits = ends.logits(streams, self.head[...], n_new, want, self.numerics, self.rules, finish)
         return logits, streams, dataclasses.replace(cache, length=cache.length + n_new)
 
 
@@ -231,7 +233,7 @@ class MTP(nnx.Module):
         def finish(streams: jax.Array) -> jax.Array:
             return norm(hyper_connection_head(streams, params["head_streams"], (0,), config, numerics), "norm")
 
-        logits = ends.logits(streams, self.head[...], n_new, want, self.rules, finish)
+        logits = ends.logits(streams, self.head[...], n_new, want, self.numerics, self.rules, finish)
         return logits, streams, dataclasses.replace(cache, length=cache.length + n_new)
 
 
