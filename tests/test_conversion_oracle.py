@@ -183,17 +183,19 @@ def test_int4_groups(tmp_path: Path) -> None:
 
 
 def test_stacked_experts(tmp_path: Path) -> None:
-    """[2, 1, 129] with scales [2, 1, 2]: a block never reaches into the next expert."""
-    codes = np.full((2, 1, 129), 0x38, np.uint8)
+    """[2, 129, 129] with scales [2, 2, 2]: a block never reaches into the next expert."""
+    codes = np.full((2, 129, 129), 0x38, np.uint8)
+    scales = floats(*range(1, 9))
     folder = write(
         tmp_path,
         {
             "experts.down_proj": ("F8_E4M3", codes.shape, codes.tobytes()),
-            "experts.down_proj_scale_inv": ("F32", (2, 1, 2), floats(1.0, 2.0, 3.0, 4.0)),
+            "experts.down_proj_scale_inv": ("F32", (2, 2, 2), scales),
         },
     )
     found = oracle.values(folder, "experts.down_proj")
-    assert [found[0, 0, 127], found[0, 0, 128], found[1, 0, 0], found[1, 0, 128]] == [1.0, 2.0, 3.0, 4.0]
+    assert found[:, 127:, 127:].tolist() == [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]]
+    assert np.array_equal(found[1, :128, :128], np.full((128, 128), 5.0))
 
 
 def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +242,11 @@ def test_headers(tmp_path: Path) -> None:
     for name, offsets, trailing in (("gap", [1, 3], b"\x03"), ("size", [0, 1], b""), ("rest", [0, 2], b"\x03")):
         with pytest.raises(ValueError, match=r"expected bytes|in the file"):
             oracle.read_shard(header_of(tmp_path / name, offsets, trailing))
+    wrong = {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}  # one byte too few, and one too many
+    text = json.dumps(wrong | {"b": {"dtype": "U8", "shape": [1], "data_offsets": [1, 3]}}).encode()
+    (tmp_path / "sizes").write_bytes(struct.pack("<Q", len(text)) + text + bytes(3))
+    with pytest.raises(ValueError, match="a: expected bytes 0 to 2, found 0 to 1"):
+        oracle.read_shard(tmp_path / "sizes")
     twins = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
     (tmp_path / "twins").write_bytes(struct.pack("<Q", len(twins)) + twins)
     with pytest.raises(ValueError, match="twice"):
@@ -303,6 +310,22 @@ def test_zeros_saturation_and_nan(tmp_path: Path) -> None:
     nan = float("nan")
     assert compared(tmp_path, f32(nan, 1.0), f32(nan, 1.0)).exact
     assert compared(tmp_path, f32(nan, 1.0), f32(2.0, 1.0)).max_absolute == np.inf
+
+
+def test_saturation_is_relative_to_the_scale(tmp_path: Path) -> None:
+    top = {"w.weight": ("F8_E4M3", (1, 1), b"\x7e"), "w.weight_scale_inv": ("F32", (1, 1), floats(0.5))}
+    assert compared(tmp_path, f32(500.0), top).saturated == 1
+
+
+def test_all_slabs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "SLAB", 1)
+    inf = float("inf")
+    source = {"w.weight": ("F32", (5, 1), floats(1.0, 2.0, 3.0, -0.0, 4.0))}
+    found = compared(tmp_path, source, {"w.weight": ("F32", (5, 1), floats(inf, inf, 0.0, 0.0, 4.0))})
+    assert (found.exact, found.signed_zeros, found.saturated, found.flushed) == (False, False, 2, 1)
+    found = compared(tmp_path, source, {"w.weight": ("F32", (5, 1), floats(1.5, 2.0, 3.5, 0.0, 4.0))})
+    assert (found.max_absolute, found.max_relative) == (0.5, 0.5)
+    assert found.relative_norm == pytest.approx(np.sqrt(0.5 / 30), rel=1e-15)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
