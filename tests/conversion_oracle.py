@@ -1,43 +1,32 @@
 """Judges a converted checkpoint from its files alone: NumPy and the standard library, nothing of the code it judges.
 
-Sources: the safetensors format (8 bytes of header length, a JSON header, one buffer); OCP's 8-bit and microscaling
-specifications (E4M3FN, E8M0, E2M1); DeepSeek's layouts, in which a scale multiplies and a value is code x scale;
-compressed-tensors' `int-quantized` and `pack-quantized`. Every format here has at most 8 bits beside a scale of at most
-24, so float64 holds every weight exactly.
+Sources: OCP's 8-bit and microscaling specifications (E4M3FN, E8M0, E2M1); DeepSeek's layouts, in which a scale
+multiplies; compressed-tensors' `int-quantized` and `pack-quantized`. A weight is code x scale. Codes have at most 8
+bits, scales and unscaled floats 24, so float64 holds every weight exactly.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import struct
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plain_safetensors import Array, Tensor, no_twins, read
 
-Array = np.ndarray[Any, Any]
 BLOCK, GROUP, MICRO = 128, 128, 32
 """Rows and columns of an FP8 or INT8 block; channels of an INT4 group; channels of an MXFP4 scale."""
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E8M0": 8, "BF16": 16, "F16": 16, "I32": 32, "F32": 32, "I64": 64}
 SLAB = 1 << 21
 """Elements decoded at a time."""
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor of a safetensors file: its dtype as written there, its shape, its bytes (uint8, memory-mapped)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    raw: Array
-    shard: str
-
-
-@dataclass(frozen=True)
 class Weight:
-    """A logical weight. `format` is fp8, mxfp4, int8, int4 or plain; scales stand for `block` (rows, columns)."""
+    """A logical weight. `format`: e4m3, e2m1, int8, int4 or a plain dtype; a scale holds for `block` rows, columns."""
 
     format: str
     shape: tuple[int, ...]
@@ -45,69 +34,34 @@ class Weight:
     scale: Tensor | None = None
     block: tuple[int, int] = (1, 1)
 
+    def described(self) -> dict[str, Any]:
+        """What a certificate calls it."""
+        if self.scale is None:
+            return {"format": self.format, "scales": None, "block": None}
+        scales = "e8m0" if self.scale.dtype == "U8" else self.scale.dtype.lower().removeprefix("f8_")
+        return {"format": self.format, "scales": scales, "block": list(self.block)}
+
+    def stored(self) -> list[bytes]:
+        """The bytes of codes and scales."""
+        return [tensor.raw.tobytes() for tensor in (self.codes, self.scale) if tensor is not None]
+
 
 @dataclass(frozen=True)
 class Difference:
     """What a conversion made of one weight. `exact`: all values equal; `signed_zeros`: the signs of zeros too.
     `max_relative`: of |difference| / |source| per element; `relative_norm`: of whole arrays (Frobenius). `saturated`:
-    elements at the largest code with a source beyond what rounds to it; `flushed`: zeros where the source has none."""
+    elements at the largest code with a source beyond what rounds to it; `beyond`: with a source beyond the code itself;
+    `flushed`: zeros where the source has none."""
 
     exact: bool
     signed_zeros: bool
     max_absolute: float
     max_relative: float
+    mean_absolute: float
     relative_norm: float
     saturated: int
+    beyond: int
     flushed: int
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. ValueError if the header is not what the format allows: tensors must cover
-    the buffer from first to last byte, without gap or overlap, each as long as its dtype and shape say."""
-    data = np.memmap(path, np.uint8, mode="r")
-    (length,) = struct.unpack("<Q", data[:8].tobytes())
-    header = json.loads(data[8 : 8 + length].tobytes(), object_pairs_hook=_no_twins)
-    header.pop("__metadata__", None)
-    buffer, end, tensors = data[8 + length :], 0, {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
-        size = int(np.prod(shape, dtype=np.int64)) * BITS[entry["dtype"]] // 8
-        if start != end or stop - start != size:
-            raise ValueError(f"{path.name}: {name}: expected bytes {end} to {end + size}, found {start} to {stop}")
-        tensors[name], end = Tensor(entry["dtype"], shape, buffer[start:stop], path.name), stop
-    if end != len(buffer):
-        raise ValueError(f"{path.name}: {end} bytes of tensors, {len(buffer)} in the file")
-    return tensors
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: of the shards that the index names, or of its only file. ValueError where the index
-    and the shards do not hold the same names, or `total_size` is not the sum of the bytes."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return read_shard(folder / "model.safetensors")
-    content = json.loads(index.read_text(), object_pairs_hook=_no_twins)
-    places, tensors = content["weight_map"], {}
-    for shard in sorted(set(places.values())):
-        for name, tensor in read_shard(folder / shard).items():
-            if places.get(name) != shard:
-                raise ValueError(f"{shard}: {name}: the index has it in {places.get(name)}")
-            tensors[name] = tensor
-    if missing := sorted(set(places) - set(tensors)):
-        raise ValueError(f"{places[missing[0]]}: {missing[0]} is not there, though the index has it")
-    total = sum(len(tensor.raw) for tensor in tensors.values())
-    if content.get("metadata", {}).get("total_size", total) != total:
-        raise ValueError(f"index: total_size {content['metadata']['total_size']}, found {total}")
-    return tensors
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name occurs twice in one JSON object")
-    return dict(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------- decoders
@@ -157,9 +111,6 @@ def decode(raw: Array, dtype: str) -> Array:
     return plain.astype(np.float64)
 
 
-# ----------------------------------------------------------------------------------------------------- logical weights
-
-
 def weights(tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
     """Logical weights by name. Scales and shapes belong to the weight they are named after; a packed INT4 weight is
     called `X.weight`, as in any other format."""
@@ -188,13 +139,13 @@ def _weight(name: str, codes: Tensor, scale: Tensor | None, tensors: Mapping[str
     elif scale is None:
         if codes.dtype in ("F8_E4M3", "I8"):
             raise ValueError(f"{name}: {codes.dtype} without scales")
-        return Weight("plain", shape, codes)
+        return Weight(codes.dtype.lower(), shape, codes)
     elif codes.dtype == "I8" and scale.dtype in ("F8_E8M0", "U8"):
-        shape, options = (*shape[:-1], 2 * shape[-1]), {"mxfp4": (1, MICRO)}
+        shape, options = (*shape[:-1], 2 * shape[-1]), {"e2m1": (1, MICRO)}
     elif codes.dtype == "I8":
         options = {"int8": (1, shape[-1]) if scale.shape[-2:] == (shape[-2], 1) else (BLOCK, BLOCK)}
     elif codes.dtype == "F8_E4M3":
-        options = {"fp8": (BLOCK, BLOCK)}
+        options = {"e4m3": (BLOCK, BLOCK)}
     else:
         raise ValueError(f"{name}: {codes.dtype} with scales")
     ((kind, block),) = options.items()
@@ -207,7 +158,7 @@ def _weight(name: str, codes: Tensor, scale: Tensor | None, tensors: Mapping[str
 def slabs(weight: Weight) -> Iterator[slice]:
     """Ranges of rows, all leading axes flattened, of at most about SLAB elements."""
     columns = max(1, weight.shape[-1] if weight.shape else 1)
-    rows = int(np.prod(weight.shape, dtype=np.int64)) // columns
+    rows = math.prod(weight.shape) // columns
     step = max(1, SLAB // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -215,10 +166,10 @@ def slabs(weight: Weight) -> Iterator[slice]:
 def decode_rows(weight: Weight, rows: slice) -> tuple[Array, Array]:
     """(values, scales), both float64 [rows, K], of a range of rows as `slabs` counts them."""
     columns = weight.shape[-1] if weight.shape else 1
-    stride = len(weight.codes.raw) // max(1, int(np.prod(weight.shape[:-1], dtype=np.int64)))
+    stride = len(weight.codes.raw) // max(1, math.prod(weight.shape[:-1]))
     raw = weight.codes.raw[rows.start * stride : rows.stop * stride]
     count = rows.stop - rows.start
-    if weight.format == "mxfp4":
+    if weight.format == "e2m1":
         codes = decode_float(nibbles(raw), 2, 1, "none")
     elif weight.format == "int4":
         codes = nibbles(raw).astype(np.float64) - 8.0
@@ -245,44 +196,122 @@ def values(folder: Path, name: str) -> Array:
 
 # --------------------------------------------------------------------------------------------------------- comparison
 
-TOP = {"fp8": (448.0, 16.0), "mxfp4": (6.0, 1.0), "int8": (127.0, 0.5), "int4": (7.0, 0.5), "F16": (65504.0, 16.0)}
+TOP = {"e4m3": (448.0, 16.0), "e2m1": (6.0, 1.0), "int8": (127.0, 0.5), "int4": (7.0, 0.5), "f16": (65504.0, 16.0)}
 """Of each format: the largest code, and half the distance to the next if there were one."""
 
 
-def difference(source: Weight, target: Weight) -> Difference:
+def difference(source: Weight, target: Weight, dtype: type = np.float64) -> Difference:
     """How `target` differs from `source`, both of one shape; ValueError otherwise. NaN equals NaN, and is infinitely
-    far from a number; so is anything but zero, relatively, from zero."""
+    far from a number; so is anything but zero, relatively, from zero. With `dtype` float32, values are code x scale
+    rounded to float32 once, as a program that multiplies in float32 has them; with float64 they are exact."""
     if source.shape != target.shape:
         raise ValueError(f"shape {source.shape} became {target.shape}")
-    key = target.codes.dtype if target.format == "plain" else target.format
-    top, half = TOP.get(key, (np.inf, 0.0))
+    top, half = TOP.get(target.format, (np.inf, 0.0))
     exact = signed = True
-    absolute = relative = square = norm = 0.0
-    saturated = flushed = 0
+    absolute = relative = total = square = norm = 0.0
+    saturated = beyond = flushed = 0
     for rows in slabs(source):
         (a, _), (b, scales) = decode_rows(source, rows), decode_rows(target, rows)
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            a, b = a.astype(dtype).astype(np.float64), b.astype(dtype).astype(np.float64)
+            same = (a == b) | (np.isnan(a) & np.isnan(b))
+            delta = np.where(same, 0.0, np.where(np.isnan(a - b), np.inf, np.abs(a - b)))
+            fraction = np.where(np.isnan(a), np.inf, delta / np.abs(a))
+            high, excess = np.abs(b) >= (top * scales).astype(dtype), np.abs(a) - np.abs(b)
         exact &= bool(same.all())
         signed &= bool((same & ((a != 0) | (np.signbit(a) == np.signbit(b)))).all())
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            delta = np.where(same, 0.0, np.where(np.isnan(a - b), np.inf, np.abs(a - b)))
-            absolute = max(absolute, float(delta.max()))
-            fraction = np.where(np.isnan(a), np.inf, delta / np.abs(a))
-            relative = max(relative, float(np.where(same, 0.0, fraction).max()))
-            high = (np.abs(b) >= top * scales) & (np.abs(a) - np.abs(b) > half * scales)
-        saturated += int(np.count_nonzero(high | (np.isinf(b) & np.isfinite(a))))
-        flushed += int(np.count_nonzero((b == 0) & (a != 0) & ~np.isnan(a)))
+        absolute, total = max(absolute, float(delta.max())), total + float(delta.sum())
+        relative = max(relative, float(np.where(same, 0.0, fraction).max()))
         square, norm = square + float((delta**2).sum()), norm + float((a[np.isfinite(a)] ** 2).sum())
-    ratio = 0.0 if square == 0 else float(np.sqrt(square / norm)) if norm else np.inf
-    return Difference(exact, signed, absolute, relative, ratio, saturated, flushed)
+        infinite = np.isinf(b) & np.isfinite(a)
+        saturated += int(np.count_nonzero(high & (excess > half * scales) | infinite))
+        beyond += int(np.count_nonzero(high & (excess > 0) | infinite))
+        flushed += int(np.count_nonzero((b == 0) & (a != 0) & ~np.isnan(a)))
+    mean = total / max(1, math.prod(source.shape))
+    ratio = 0.0 if square == 0 else math.sqrt(square / norm) if norm else math.inf
+    return Difference(exact, signed, absolute, relative, mean, ratio, saturated, beyond, flushed)
 
 
-def compare(source: Path, target: Path) -> dict[str, Difference]:
+def compare(source: Path, target: Path, dtype: type = np.float64) -> dict[str, Difference]:
     """The difference of every logical weight. ValueError if the two do not hold the same weights."""
     before, after = weights(read(source)), weights(read(target))
     if before.keys() != after.keys():
         raise ValueError(f"only in one of the two: {sorted(before.keys() ^ after.keys())}")
-    return {name: difference(before[name], after[name]) for name in sorted(before)}
+    return {name: difference(before[name], after[name], dtype) for name in sorted(before)}
+
+
+# ------------------------------------------------------------------------------------------------------- certificates
+
+
+def _sums(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_certificate(source: Path, target: Path) -> list[str]:
+    """What `certificate.json` in `target` says that the files do not; empty if it is right. Its values are code x scale
+    in float32. Errors agree within 1e-6 of themselves; a count of saturated values is between those of values beyond
+    what rounds to the largest code, and of values beyond that code."""
+    said = json.loads((target / "certificate.json").read_text(), object_pairs_hook=no_twins)
+    before, after = read(source), read(target)
+    shards = {source / tensor.shard for tensor in before.values()}
+    others = {path for path in target.rglob("*") if path.is_file() and path != target / "certificate.json"}
+    found: list[str] = []
+
+    def expect(what: str, claim: object, truth: object) -> None:
+        near = isinstance(truth, float) and isinstance(claim, int | float)
+        if not (math.isclose(claim, truth, rel_tol=1e-6) if near else claim == truth):  # type: ignore[arg-type]
+            found.append(f"{what}: the certificate says {claim}, the files {truth}")
+
+    for key, folder, files, tensors in (("source", source, shards, before), ("result", target, others, after)):
+        sums = {str(path.relative_to(folder)): _sums(path) for path in files}
+        digests = {name: hashlib.sha256(tensor.raw.tobytes()).hexdigest() for name, tensor in tensors.items()}
+        for kind, truth in (("files", sums), ("tensors", digests)):
+            for name in sorted(truth.keys() | said[key][kind].keys()):
+                expect(f"{key}: {kind}: {name}", said[key][kind].get(name), truth.get(name))
+
+    old, new, entries = weights(before), weights(after), said["tensors"]
+    expect("weights", sorted(entries), sorted(old))
+    expect("results", sorted(entry["result"] for entry in entries.values()), sorted(new))
+    for name in sorted(entries.keys() & old.keys()):
+        entry, weight, result = entries[name], old[name], new.get(entries[name]["result"])
+        if result is None or result.shape != weight.shape:
+            found.append(f"{name}: {weight.shape} became {result and result.shape}")
+            continue
+        real = difference(weight, result, np.float32)
+        truths = {
+            "shape": list(weight.shape),
+            "source": weight.described(),
+            "target": result.described(),
+            "exact": real.exact and real.signed_zeros,
+            "max_abs_error": real.max_absolute,
+            "max_rel_error": real.max_relative,
+            "mean_abs_error": real.mean_absolute,
+            "relative_norm": real.relative_norm,
+            "saturated": min(max(entry["saturated"], real.saturated), real.beyond),
+            "flushed": real.flushed,
+        }
+        for field, value in truths.items():
+            expect(f"{name}: {field}", entry.get(field), value)
+        if entry["action"] == "kept":
+            same = weight.described() == result.described() and weight.stored() == result.stored()
+            expect(f"{name}: kept", True, same)
+        expect(f"{name}: reasons", bool(entry["reasons"]), not truths["exact"])
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries.values():
+        classes.setdefault(entry["class"], []).append(entry)
+    expect("summary: classes", sorted(said["summary"]), sorted(classes))
+    for kind, row in said["summary"].items():
+        members = classes.get(kind, [])
+        expect(f"summary: {kind}: tensors", row["tensors"], len(members))
+        expect(f"summary: {kind}: exact", row["exact"], sum(entry["exact"] for entry in members))
+        expect(f"summary: {kind}: converted", row["converted"], sum(e["action"] == "converted" for e in members))
+        expect(f"summary: {kind}: parameters", row["parameters"], sum(math.prod(e["shape"]) for e in members))
+    for field, held in (("source_bytes", before), ("result_bytes", after)):
+        size = sum(len(tensor.raw) for tensor in held.values())
+        expect(f"summary: {field}", sum(row[field] for row in said["summary"].values()), size)
+    expect("exact", said["exact"], all(entry["exact"] for entry in entries.values()))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- FP4 in FP8
@@ -303,5 +332,17 @@ def fp4_to_fp8_exact(exponents: Sequence[int], codes: Sequence[Sequence[int]], o
     exactly 2^17, are exact with a scale 3 * 2^k and with no power of two. Every other block that some scale holds
     exactly, a power of two holds too."""
     pairs = {(e, c) for e, row in zip(exponents, codes, strict=True) for c in row}
-    block = np.unique([np.ldexp(E2M1[code], exponent) for exponent, code in pairs])
-    return [k for k in range(-127, 128) if np.isin(block / np.ldexp(float(odd), k), E4M3).all()]
+    return exact_scales(np.array([np.ldexp(E2M1[code], exponent) for exponent, code in pairs]), odd)
+
+
+def exact_scales(block: Array, odd: int = 1) -> list[int]:
+    """All k in -127 .. 127 for which every value of the block is (odd * 2^k) times an E4M3 value."""
+    different = np.unique(np.abs(block))
+    return [k for k in range(-127, 128) if np.isin(different / np.ldexp(float(odd), k), E4M3).all()]
+
+
+def blocks_not_in_fp8(folder: Path, name: str) -> list[tuple[int, int]]:
+    """The 128 x 128 blocks (row, column) of a weight [N, K] that are not E4M3 under any power of two."""
+    array = values(folder, name)
+    grid = np.ndindex(-(-array.shape[0] // BLOCK), -(-array.shape[1] // BLOCK))
+    return [(i, j) for i, j in grid if not exact_scales(array[i * BLOCK :, j * BLOCK :][:BLOCK, :BLOCK])]

@@ -10,6 +10,7 @@ from pathlib import Path
 import conversion_oracle as oracle
 import numpy as np
 import pytest
+from plain_safetensors import Array, read, read_shard
 
 Entry = tuple[str, tuple[int, ...], bytes]
 Files = dict[str, Entry]
@@ -83,7 +84,7 @@ def test_float32_codes() -> None:
     same_numbers(oracle.decode(bits.astype("<u4").view(np.uint8), "F32"), bits.view(np.float32))
 
 
-def same_numbers(found: oracle.Array, expected: oracle.Array) -> None:
+def same_numbers(found: Array, expected: Array) -> None:
     numbers = ~np.isnan(expected)
     assert np.array_equal(np.isnan(found), ~numbers)
     assert np.array_equal(found[numbers], expected[numbers].astype(np.float64))
@@ -117,7 +118,7 @@ def test_fp8_blocks(tmp_path: Path) -> None:
         folder = write(tmp_path / name, {"w.weight": weight, name: grid})
         found = oracle.values(folder, "w.weight")
         assert np.array_equal(found, expected) and np.signbit(found[0, 0])
-        assert list(oracle.weights(oracle.read(folder))) == ["w.weight"]
+        assert list(oracle.weights(read(folder))) == ["w.weight"]
 
 
 def test_fp8_times_a_float32_scale_is_exact(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_int4_groups(tmp_path: Path) -> None:
             "w.weight_shape": ("I64", (2,), struct.pack("<2q", 1, 130)),
         },
     )
-    assert list(oracle.weights(oracle.read(folder))) == ["w.weight"]
+    assert list(oracle.weights(read(folder))) == ["w.weight"]
     assert oracle.values(folder, "w.weight").tolist() == [[*channels[:128], 2.5, -1.5]]
 
 
@@ -224,7 +225,7 @@ def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_what_is_no_format(tmp_path: Path, tensors: Files, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        oracle.weights(oracle.read(write(tmp_path, tensors)))
+        oracle.weights(read(write(tmp_path, tensors)))
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -237,20 +238,20 @@ def header_of(path: Path, offsets: list[int], trailing: bytes = b"") -> Path:
 
 
 def test_headers(tmp_path: Path) -> None:
-    tensor = oracle.read_shard(header_of(tmp_path / "good", [0, 2]))["a"]
+    tensor = read_shard(header_of(tmp_path / "good", [0, 2]))["a"]
     assert (tensor.dtype, tensor.shape, tensor.raw.tolist()) == ("U8", (2,), [1, 2])
     for name, offsets, trailing in (("gap", [1, 3], b"\x03"), ("size", [0, 1], b""), ("rest", [0, 2], b"\x03")):
         with pytest.raises(ValueError, match=r"expected bytes|in the file"):
-            oracle.read_shard(header_of(tmp_path / name, offsets, trailing))
+            read_shard(header_of(tmp_path / name, offsets, trailing))
     wrong = {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}  # one byte too few, and one too many
     text = json.dumps(wrong | {"b": {"dtype": "U8", "shape": [1], "data_offsets": [1, 3]}}).encode()
     (tmp_path / "sizes").write_bytes(struct.pack("<Q", len(text)) + text + bytes(3))
     with pytest.raises(ValueError, match="a: expected bytes 0 to 2, found 0 to 1"):
-        oracle.read_shard(tmp_path / "sizes")
+        read_shard(tmp_path / "sizes")
     twins = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
     (tmp_path / "twins").write_bytes(struct.pack("<Q", len(twins)) + twins)
     with pytest.raises(ValueError, match="twice"):
-        oracle.read_shard(tmp_path / "twins")
+        read_shard(tmp_path / "twins")
 
 
 @pytest.mark.parametrize(
@@ -270,10 +271,10 @@ def test_index(tmp_path: Path, places: dict[str, str], total: int, message: str 
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     if message is None:
-        assert oracle.read(tmp_path).keys() == places.keys()
+        assert read(tmp_path).keys() == places.keys()
     else:
         with pytest.raises(ValueError, match=message):
-            oracle.read(tmp_path)
+            read(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -290,10 +291,20 @@ def f32(*numbers: float) -> Files:
 
 def test_equal_and_almost(tmp_path: Path) -> None:
     e4m3 = {"w.weight": ("F8_E4M3", (1, 3), b"\x38\x80\x44"), "w.weight_scale_inv": ("F32", (1, 1), floats(2.0))}
-    assert compared(tmp_path, e4m3, f32(2.0, -0.0, 6.0)) == oracle.Difference(True, True, 0.0, 0.0, 0.0, 0, 0)
-    assert compared(tmp_path, e4m3, f32(2.0, 0.0, 6.0)) == oracle.Difference(True, False, 0.0, 0.0, 0.0, 0, 0)
+    assert compared(tmp_path, e4m3, f32(2.0, -0.0, 6.0)) == oracle.Difference(True, True, 0.0, 0.0, 0.0, 0.0, 0, 0, 0)
+    assert compared(tmp_path, e4m3, f32(2.0, 0.0, 6.0)) == oracle.Difference(True, False, 0.0, 0.0, 0.0, 0.0, 0, 0, 0)
     found = compared(tmp_path, f32(3.0, 4.0, 0.0), f32(3.0, 3.0, 0.0))
-    assert found == oracle.Difference(False, False, 1.0, 0.25, 0.2, 0, 0)
+    assert found == oracle.Difference(False, False, 1.0, 0.25, 1 / 3, 0.2, 0, 0, 0)
+
+
+def test_products_in_float32_and_exactly(tmp_path: Path) -> None:
+    """7 times the float32 0.1 has 27 bits: a float32 holds the rounded product, and not the weight."""
+    e4m3 = {"w.weight": ("F8_E4M3", (1, 1), b"\x4e"), "w.weight_scale_inv": ("F32", (1, 1), floats(0.1))}
+    product = 7 * struct.unpack("<f", floats(0.1))[0]
+    source, target = write(tmp_path / "source", e4m3), write(tmp_path / "target", f32(product))
+    exactly = oracle.compare(source, target)["w.weight"]
+    assert not exactly.exact and 0 < exactly.max_relative <= 2.0**-24
+    assert oracle.compare(source, target, np.float32)["w.weight"].exact
 
 
 def test_zeros_saturation_and_nan(tmp_path: Path) -> None:
@@ -349,6 +360,16 @@ def test_fp4_in_fp8() -> None:
     assert oracle.fp4_to_fp8_exact([5], [every]) == list(range(-1, 14))  # 6 <= 14 * 2^5 / 2^k, .5 >= 2^-9
     assert len(oracle.fp4_to_fp8_exact([0, -100], [every, [0, 8]])) == 15  # zeros ask for nothing
     assert oracle.fp4_to_fp8_exact([0, -14], [[1], [7]])[0] == -9  # .5 as 2^8: a rule with offset 6 need not be the end
+
+
+def test_blocks_that_fp8_does_not_hold(tmp_path: Path) -> None:
+    """[130, 256]: all codes everywhere; the ratio of scales is 2^14 in the first block, 2^15 in the next, 1 below."""
+    packed = np.tile(np.arange(16, dtype=np.uint8) * 0x11, (130, 8))
+    scales = np.full((130, 8), 127, np.uint8)
+    scales[3, 1], scales[5, 7], scales[128:] = 113, 142, 200
+    tensors: Files = {"e.weight": ("I8", (130, 128), packed.tobytes())}
+    folder = write(tmp_path, tensors | {"e.scale": ("F8_E8M0", (130, 8), scales.tobytes())})
+    assert oracle.blocks_not_in_fp8(folder, "e.weight") == [(0, 1)]
 
 
 def test_where_three_times_a_power_of_two_is_the_only_scale() -> None:
