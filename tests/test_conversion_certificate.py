@@ -34,13 +34,13 @@ SOURCE: Files = KEPT | {
     "e.scale": ("F8_E8M0", (1, 2), bytes([127, 124])),
     "w.weight": ("F8_E4M3", (1, 2), b"\x38\xc4"),  # 1, -3 times 0.1
     "w.scale": ("F32", (1, 1), floats(0.1)),
-    "i.weight": ("F32", (1, 3), floats(1.0, 0.3, 0.001)),
+    "i.weight": ("F32", (1, 4), floats(1.0, 0.3, 0.001, 0.995)),
 }
 RESULT: Files = KEPT | {
     "e.weight": ("F8_E4M3", (1, 64), bytes([0x68, 0x80]) + bytes(30) + b"\x64" + bytes(31)),  # 64, -0, 48
     "e.scale": ("F32", (1, 1), floats(2.0**-6)),
     "w.weight": ("BF16", (1, 2), bf16(0x3DCD, 0xBE9A)),  # 205 / 2048, -77 / 256
-    "i.weight": ("I8", (1, 3), bytes([127, 38, 0])),
+    "i.weight": ("I8", (1, 4), bytes([127, 38, 0, 127])),
     "i.weight_scale": ("F32", (1, 1), floats(2.0**-7)),
 }
 
@@ -84,16 +84,16 @@ def certificate(source: Path, target: Path) -> Certificate:
     tenth, three = single(0.1), single(3 * single(0.1))
     a, b = 205 / 2048 - tenth, 77 / 256 - three
     w = [b, b / three, (a + b) / 2, ((a * a + b * b) / (tenth**2 + three**2)) ** 0.5, 0, 0]
-    x, y = single(0.3), single(0.001)
-    deltas = [1 / 128, x - 38 / 128, y]
-    norm = (sum(d * d for d in deltas) / (1 + x * x + y * y)) ** 0.5
-    i = [1 / 128, 1.0, sum(deltas) / 3, norm, 1, 1]  # 1 is 128 codes, beyond 127.5; 0.001 became 0
+    x, y, z = single(0.3), single(0.001), single(0.995)
+    deltas = [1 / 128, x - 38 / 128, y, z - 127 / 128]
+    norm = (sum(d * d for d in deltas) / (1 + x * x + y * y + z * z)) ** 0.5
+    i = [1 / 128, 1.0, sum(deltas) / 4, norm, 1, 1]  # 1 is 128 codes, beyond 127.5; 0.001 became 0
     none: list[float] = [0.0, 0.0, 0.0, 0.0, 0, 0]
     block = [128, 128]
     tensors = {
         "e.weight": entry("e.weight", [1, 64], form("e2m1", "e8m0", [1, 32]), form("e4m3", "f32", block), none),
         "w.weight": entry("w.weight", [1, 2], form("e4m3", "f32", block), form("bf16"), w),
-        "i.weight": entry("i.weight", [1, 3], form("f32"), form("int8", "f32", [1, 3]), i),
+        "i.weight": entry("i.weight", [1, 4], form("f32"), form("int8", "f32", [1, 4]), i),
         "n.weight": entry("n.weight", [2], form("bf16"), form("bf16"), none),
         "t": entry("t", [2], form("i64"), form("i64"), none),
     }
@@ -105,7 +105,7 @@ def certificate(source: Path, target: Path) -> Certificate:
             "tensors": {name: digest(raw) for name, (_, _, raw) in files.items()},
         }
     sides["result"]["files"]["config.json"] = {"bytes": 2, "sha256": digest(b"{}")}
-    linear = {"tensors": 3, "exact": 1, "converted": 3, "parameters": 69, "source_bytes": 52, "result_bytes": 79}
+    linear = {"tensors": 3, "exact": 1, "converted": 3, "parameters": 70, "source_bytes": 56, "result_bytes": 80}
     other = {"tensors": 2, "exact": 2, "converted": 0, "parameters": 4, "source_bytes": 20, "result_bytes": 20}
     summary = {"linear": linear, "other": other}
     return {"version": 1, "exact": False, "tensors": tensors, "summary": summary} | sides
@@ -125,6 +125,18 @@ def test_a_right_certificate(tmp_path: Path) -> None:
     assert judged(tmp_path) == []
 
 
+def test_values_between_the_largest_code_and_what_rounds_to_it(tmp_path: Path) -> None:
+    """0.995 is 127.36 codes of 1 / 128: a certificate may count it as saturated, or not."""
+    assert judged(tmp_path, lambda said: said["tensors"]["i.weight"].update(saturated=2)) == []
+
+
+def test_a_zero_that_lost_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = bytes([0x68, 0x00]) + bytes(30) + b"\x64" + bytes(31)
+    monkeypatch.setitem(RESULT, "e.weight", ("F8_E4M3", (1, 64), codes))
+    (line, _) = judged(tmp_path)
+    assert line == "e.weight: exact: the certificate says True, the files False"
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -136,9 +148,9 @@ def test_a_right_certificate(tmp_path: Path) -> None:
         ("tensors/w.weight/mean_abs_error", 0.0),
         ("tensors/w.weight/relative_norm", 0.0024),
         ("tensors/i.weight/saturated", 0),
-        ("tensors/i.weight/saturated", 2),
+        ("tensors/i.weight/saturated", 3),
         ("tensors/i.weight/flushed", 0),
-        ("tensors/i.weight/shape", [3, 1]),
+        ("tensors/i.weight/shape", [4, 1]),
         ("tensors/i.weight/reasons", []),
         ("tensors/e.weight/reasons", ["rounded"]),
         ("tensors/e.weight/source", form("e2m1", "e8m0", [1, 16])),
@@ -154,9 +166,9 @@ def test_a_right_certificate(tmp_path: Path) -> None:
         ("summary/linear/tensors", 4),
         ("summary/linear/exact", 3),
         ("summary/other/converted", 1),
-        ("summary/linear/parameters", 70),
-        ("summary/linear/source_bytes", 51),
-        ("summary/linear/result_bytes", 80),
+        ("summary/linear/parameters", 69),
+        ("summary/linear/source_bytes", 55),
+        ("summary/linear/result_bytes", 81),
     ],
 )
 def test_a_wrong_line_is_found(tmp_path: Path, path: str, value: object) -> None:

@@ -324,8 +324,11 @@ def test_zeros_saturation_and_nan(tmp_path: Path) -> None:
 
 
 def test_saturation_is_relative_to_the_scale(tmp_path: Path) -> None:
-    top = {"w.weight": ("F8_E4M3", (1, 1), b"\x7e"), "w.weight_scale_inv": ("F32", (1, 1), floats(0.5))}
+    top: Files = {"w.weight": ("F8_E4M3", (1, 1), b"\x7e"), "w.weight_scale_inv": ("F32", (1, 1), floats(0.5))}
     assert compared(tmp_path, f32(500.0), top).saturated == 1
+    top["w.weight_scale_inv"] = ("F32", (1, 1), floats(0.9))  # 448 times it is rounded down in float32
+    source, target = write(tmp_path / "source", f32(500.0)), write(tmp_path / "target", top)
+    assert oracle.compare(source, target, np.float32)["w.weight"].saturated == 1
 
 
 def test_all_slabs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
