@@ -336,8 +336,9 @@ def fp4_to_fp8_exact(exponents: Sequence[int], codes: Sequence[Sequence[int]], o
 
 def exact_scales(block: Array, odd: int = 1) -> list[int]:
     """All k in -127 .. 127 for which every value of the block is (odd * 2^k) times an E4M3 value."""
-    different = np.unique(np.abs(block))
-    return [k for k in range(-127, 128) if np.isin(different / np.ldexp(float(odd), k), E4M3).all()]
+    powers = np.arange(-127, 128)
+    codes = np.unique(np.abs(block)) / np.ldexp(float(odd), powers)[:, None]
+    return [int(k) for k in powers[np.isin(codes, E4M3).all(axis=1)]]
 
 
 def blocks_not_in_fp8(folder: Path, name: str) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import conversion_oracle as oracle
@@ -385,3 +386,22 @@ def test_where_three_times_a_power_of_two_is_the_only_scale() -> None:
         assert not oracle.fp4_to_fp8_exact([ratio, 0], [[7, 2], three], odd=3)
     others = [o for o in range(5, 31, 2) if oracle.fp4_to_fp8_exact([0, 0], [[1, 2, 3], three], odd=o)]
     assert others == []
+
+
+def test_no_other_scale_is_needed() -> None:
+    """All scales that map the first value to any E4M3 code, as fractions, against powers of two and 3 times them."""
+    codes = {Fraction(float(code)) for code in oracle.E4M3[1:0x7F]}
+    generator, seen = np.random.default_rng(0), set()
+    for _ in range(200):
+        size = int(generator.integers(2, 5))
+        exponents = [0, *(-int(r) for r in generator.integers(11, 19, size - 1))]
+        magnitudes = generator.choice([[3, 5, 7, 3], [1, 2, 3, 7], [1, 2, 4, 6]][size % 3], size)
+        values = [
+            Fraction(float(oracle.E2M1[m])) * Fraction(2) ** e for m, e in zip(magnitudes, exponents, strict=True)
+        ]
+        some = any(all(value * code / values[0] in codes for value in values) for code in codes)
+        rows = [[int(m)] for m in magnitudes]
+        powers, threes = (bool(oracle.fp4_to_fp8_exact(exponents, rows, odd=o)) for o in (1, 3))
+        assert some == (powers or threes)
+        seen.add((powers, threes))
+    assert seen == {(True, True), (True, False), (False, True), (False, False)}
