@@ -100,6 +100,7 @@ NATIVE_MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "v3-wide-dense": ("deepseek-v3", 1, _WIDE | {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}),
     "v32-wide": ("deepseek-v3.2", 1, _WIDE | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 12}),
     "v4-wide": ("deepseek-v4-flash", 1, _WIDE_V4),
+    "v4-wide-hca": ("deepseek-v4-flash", 1, _WIDE_V4 | {"compress_ratios": [128, 0]}),
 }
 """Of one layer each: deeper ones tell little, for one rounding that falls the other way moves all that follows. Wide
 enough for two to four devices to have whole groups of 128 channels of every input that native quantises."""
