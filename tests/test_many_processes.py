@@ -150,7 +150,7 @@ def generating(name: str, mesh: str, *flags: str) -> list[str]:
         pytest.param("v32", "ep=2,tp=2", 4, ["--temperature", "0"], marks=full),
         pytest.param("v4", "tp=4", 2, ["--temperature", "0.9", "--seed", "5"], marks=full),
         pytest.param(
-            "v4", "ep=4", 4, ["--numerics", "native", "--dtype", "bfloat16", "--temperature", "0"], marks=full
+            "v4", "dp=4", 4, ["--numerics", "native", "--dtype", "bfloat16", "--temperature", "0"], marks=full
         ),
         pytest.param("llama", "dp=2,tp=2", 4, ["--temperature", "0"], marks=full),
     ],
