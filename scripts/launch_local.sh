@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one dsjax command in N processes on this machine; on CPU, gloo carries what they say to each other.
-#   ./scripts/launch_local.sh 2 generate --model DIR --prompt "Why?" ...
+#   DEVICES=4 ./scripts/launch_local.sh 2 generate --model DIR --mesh ep=4,tp=2 --prompt "Why?" ...
 # Variables:
 #   DEVICES=4      devices that each process has (CPU only; default 1)
 #   PLATFORM=cuda  instead of cpu. Give each process its own cards by CARDS="0,1 2,3", a word for each process.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one dsjax command on the nodes of a SLURM job, one process a node, each with all cards of its node.
-#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh generate --model DIR --prompt "Why?" ...
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh generate --model DIR --mesh ep=16 --prompt "Why?" ...
 # Submit it from the root of this repository after ./scripts/quickstart has made .venv there, on a file system that all
 # nodes see; or set DSJAX to the command that the nodes have. DIR must be there on all nodes too: every process reads
 # its own part of it. What the model prints is in dsjax-JOB.out, errors and notes of all processes are in dsjax-JOB.err.

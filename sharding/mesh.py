@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("dp", "ep", "tp")
@@ -87,7 +90,8 @@ def inner_axes(plan: Plan, inner: int) -> tuple[str, ...]:
 def make_mesh(plan: Plan, inner: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The plan on the first devices, with automatic axes (the default has been Explicit since JAX 0.9).
 
-    Devices are in the order of their processes, so that the last axes, which talk most, lie inside a host.
+    Devices are in the order of their processes, so that the last axes, which talk most, lie inside a host; those of a
+    TPU as its torus lies.
 
     Args:
       inner: see `mesh_axes`.
@@ -107,4 +111,15 @@ def make_mesh(plan: Plan, inner: int = 1, devices: Sequence[jax.Device] | None =
             f"{plan.devices} devices, none of process {min(idle)}"
         )
     axes = mesh_axes(plan, inner)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=used)
+    return Mesh(arranged(tuple(axes.values()), used), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array of that shape: in order, but on a TPU so that axes lie along those of its torus.
+
+    `jax.make_mesh` would refuse extents that are no products of the torus's: dp=2,ep=32 on 4 x 4 x 4.
+    """
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:  # some of a TPU's devices that are no block of it
+        return np.array(devices).reshape(shape)

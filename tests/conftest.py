@@ -32,6 +32,19 @@ def v4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LONG = (
+    *("test_parallel", "test_v4_laws", "test_emulator_v4", "test_v4_native", "test_parallel_native", "test_v32_laws"),
+    *("test_full_size", "test_v4_full_size", "test_parity_live", "test_laws", "test_many_processes", "test_processes"),
+)
+"""Files of few tests that take minutes, by no means all in order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, where several processes take a file each: else the last one runs alone at the end."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 MAX_MAPPINGS = 30_000
 """Memory mappings of a process before compiled programs are dropped. A V4 program takes about 300 a layer; Linux gives
 a process 65,530, and with none left LLVM aborts."""

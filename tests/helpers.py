@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.backend import compiler_options
 from dsjax.checkpoint.load import load
 from dsjax.config import Config
 from dsjax.models import family
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from dsjax.plan.counted import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -30,6 +32,10 @@ NAMES: tuple[str, ...] = tuple(name for name in _ALL if name not in V32_NAMES + 
 V3_NAMES = NAMES + V32_NAMES + DENSE_NAMES
 """Those of spec V3: all but V4's."""
 FLOAT32 = Numerics("plain", "float32")
+
+LOOKED_AT: dict[str, Any] = compiler_options("cpu") | QUICK
+"""Options for a program of ours that is compiled only for its text and memory: `test_compiled_step` holds both to those
+of the program that runs. Compiling takes two thirds of the time."""
 
 SEED = int(os.environ.get("DSJAX_TEST_SEED", 20_000 + datetime.date.today().toordinal()))
 """Of everything that is sampled; a new one each day. Every assertion on sampled cases prints it."""

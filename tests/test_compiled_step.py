@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import LOOKED_AT
 
 from dsjax.backend import compiler_options
 from dsjax.cache.per_token import init_cache
@@ -46,14 +47,24 @@ EXPERT_BYTES = 3 * 2048 * 7168 + 3 * 4 * 16 * 56  # codes, and a float32 scale p
 
 
 @lru_cache
-def _compiled(kind: str, tokens: int, max_length: int) -> tuple[Any, int]:
+def _compiled(kind: str, tokens: int, max_length: int, as_it_runs: bool = False) -> tuple[Any, int]:
     """The step compiled for one slot, its cache donated, and the cache's bytes."""
     numerics = NUMERICS[kind]
     cache = jax.eval_shape(partial(init_cache, CONFIG, numerics, 1, max_length))
     step = jax.jit(partial(v3.step, CONFIG, numerics), donate_argnums=1)
     new, row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    compiled = step.lower(abstract_params(CONFIG), cache, new, row).compile(compiler_options("cpu"))
+    compiled = step.lower(abstract_params(CONFIG), cache, new, row).compile(
+        compiler_options("cpu") if as_it_runs else LOOKED_AT
+    )
     return compiled, sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+
+def test_what_is_looked_at_is_what_runs() -> None:
+    """Unoptimised machine code is made of the same program, to the letter, and takes the same memory."""
+    looked, runs = (_compiled("native", 1, SHORT, as_it_runs)[0] for as_it_runs in (False, True))
+    assert looked.as_text() == runs.as_text()
+    for name in ("temp_size_in_bytes", "alias_size_in_bytes", "argument_size_in_bytes"):
+        assert getattr(looked.memory_analysis(), name) == getattr(runs.memory_analysis(), name)
 
 
 @pytest.mark.parametrize(("kind", "tokens"), CASES)

@@ -17,6 +17,7 @@ from damage import Capture, edit_json, generate_arguments, put, refused, refused
 from helpers import (
     FLOAT32,
     GOLDENS,
+    LOOKED_AT,
     SEED,
     Golden,
     counts,
@@ -31,7 +32,6 @@ from helpers_laws import Chunk, Stepper, any_chunks, feed
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from dsjax.backend import compiler_options
 from dsjax.cache import SPARE, Cache, extract, insert, rollback
 from dsjax.cache.per_token import init_cache
 from dsjax.cache.rows import ROW_BLOCK, row_block
@@ -400,7 +400,7 @@ def test_decode_holds_neither_cache_nor_matrix(numerics: Numerics) -> None:
         cache = jax.eval_shape(partial(dense.new_cache, config, numerics, 1, max_length))
         step = jax.jit(partial(dense.step, config, numerics), donate_argnums=1)
         lowered = step.lower(abstract_params(config), cache, new, row)
-        memory = lowered.compile(compiler_options("cpu")).memory_analysis()
+        memory = lowered.compile(LOOKED_AT).memory_analysis()
         assert memory.alias_size_in_bytes == tree_bytes(cache)
         assert tree_bytes(cache) == (max_length + SPARE) * accounting(config)["kv_bytes_per_token"] + 4
         temporary.append(memory.temp_size_in_bytes)

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DENSE_SETTINGS, SYNTH_SETTINGS, V4_SETTINGS, V32_SETTINGS
+from helpers import DENSE_SETTINGS, LOOKED_AT, SYNTH_SETTINGS, V4_SETTINGS, V32_SETTINGS
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from dsjax.backend import compiler_options
 from dsjax.config import Config, DenseConfig, V3Config, V4Config, load_config, parse_config
 from dsjax.config.v4 import CSA, HCA
 from dsjax.layout import layout
@@ -275,7 +274,7 @@ def test_a_compiled_steps_temporary_memory_stays_below_the_bound(
     step = jax.jit(partial(family(config).step, config, numerics, want="last"), donate_argnums=1)
     new = jax.ShapeDtypeStruct((slots, tokens), jnp.int32)
     n_new = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    compiled = step.lower(placed.model.params(placed.layout), cache, new, n_new).compile(compiler_options("cpu"))
+    compiled = step.lower(placed.model.params(placed.layout), cache, new, n_new).compile(LOOKED_AT)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     bound = activation_bytes(placed, slots, tokens) + workspace_bytes(placed, slots, tokens)
     assert temporary <= bound

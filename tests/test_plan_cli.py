@@ -13,13 +13,19 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
+from dsjax import bench
+from dsjax.cli import common
 from dsjax.cli.main import main
 from dsjax.cli.plan import size
 from dsjax.config import load_config
 from dsjax.errors import InputError
+from dsjax.layout import layout
 from dsjax.numerics import Numerics
-from dsjax.plan import Cards, Load, answer, chip_names, load_chip, load_model
+from dsjax.plan import Cards, Load, answer, check, chip_names, load_chip, load_model
+from dsjax.plan.check import HELD
 from dsjax.plan.chips import ELEMENTS
+from dsjax.plan.memory import memory
+from dsjax.plan.placement import Placement
 from dsjax.plan.search import Candidate, candidates
 from sharding import Plan
 
@@ -171,10 +177,47 @@ def test_with_figures_the_best_plan_is_the_fastest() -> None:
     assert found["estimate"]["tpot_s"] <= 1.02 * fastest
 
 
-def test_what_a_count_cannot_use_is_left_out() -> None:
-    """No plan splits V3 over 7 cards along ep or tp: data parallelism does not help a model that fits none of them."""
+def test_cards_that_no_axis_divides_by() -> None:
+    """A small model goes side by side on 7 cards; of 12 cards V3 can be cut over 4 only, so that 8 of them fit it."""
     found = answer(load_model("deepseek-v2-lite", Numerics("plain")), Cards(7, 80e9), Load(4096, 1))
     assert found["fits"] and found["cards_used"] == 7 and found["mesh"] == "dp=7"
+    model = load_model("deepseek-v3", Numerics("plain"), "int8")
+    found = answer(model, Cards(12, 96e9), Load(4096, 1))
+    assert found["fits"] and found["cards_used"] == 8
+    found = answer(model, Cards(12, 80e9), Load(4096, 1))
+    assert not found["fits"] and found["instead"] == ["16 cards (--mesh ep=16 --attention heads)"]
+
+
+@pytest.mark.parametrize("verb", ["generate", "score", "bench"])
+def test_too_little_memory_is_found_before_anything_is_read(
+    verb: str, v4_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout that runs is counted, here with copied output groups, which are more than split ones."""
+    (tmp_path / "tokens.json").write_text("[[5, 6, 7]]")
+    command = {
+        "generate": ["generate", "--prompt-ids", "5,6,7", "--max-new-tokens", "5"],
+        "score": ["score", "--tokens", str(tmp_path / "tokens.json"), "--logits", str(tmp_path / "logits.npy")],
+        "bench": ["bench", "--prompt-length", "3", "--new-tokens", "5"],
+    }[verb]
+    command += ["--model", str(v4_folder), "--mesh", "tp=4"]
+    model, load = load_model(str(v4_folder), Numerics("plain")), Load(8, 1)
+    held = {
+        how: sum(memory(Placement(model, layout(model.config, Plan(tp=4), o_groups=how)), load)[part] for part in HELD)
+        for how in ("split", "gather")
+    }
+    assert held["split"] < held["gather"]
+    monkeypatch.setattr(check, "device_memory", lambda device, sharing: held["split"])
+
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    for module in (common, bench):
+        monkeypatch.setattr(module, "load_onto", read)
+    assert main([*command, "--o-groups", "gather"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsjax: not enough memory: does not fit: ") and "GB per card" in line
+    with pytest.raises(AssertionError, match="loaded"):
+        main(command)
 
 
 # --- chips -----------------------------------------------------------------------------------------------------------

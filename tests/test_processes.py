@@ -415,3 +415,5 @@ def test_the_kubernetes_manifest_names_its_own_pods() -> None:
     assert spec["parallelism"] == spec["completions"]
     options = build_parser().parse_args(container["command"][1:])
     assert (options.verb, options.start_timeout) == ("generate", 900)
+    cards = int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert options.mesh.devices == cards * spec["completions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from dsjax.numerics import Numerics
 from dsjax.params import leaves, tree_bytes
 from quant import E4M3, QArray, quantise
 from sharding import AXES, Plan, Rules, gather, inner_axes, make_mesh, mesh_axes, parse_plan, scatter_sum
+from sharding.mesh import arranged
 
 NATIVE = Numerics("native", "bfloat16")
 MODELS = [f"deepseek-{name}" for name in ("v2-lite", "v3", "v3.2", "v4-flash", "v4-pro", "r1-distill-llama-70b")]
@@ -55,6 +57,27 @@ def test_make_mesh() -> None:
     assert set(mesh.axis_types) == {AxisType.Auto}
     with pytest.raises(ValueError, match="needs 32 devices, found 16"):
         make_mesh(Plan(ep=8, tp=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """What `jax.experimental.mesh_utils` asks of a TPU's device."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+
+
+def test_any_extents_lie_on_a_torus() -> None:
+    """Of 4 x 4 x 4 chips: also extents that are no product of its own, and numbers of chips that are no block of it."""
+    chips = [_Chip(i, (i % 4, i // 4 % 4, i // 16)) for i in range(64)]
+    for shape in ((2, 32), (1, 8, 8), (2, 8, 4), (1, 1, 32, 2)):
+        found = arranged(shape, chips)
+        assert found.shape == shape and {chip.id for chip in found.reshape(-1)} == set(range(64))
+    assert [chip.id for chip in arranged((3, 2), chips[:6]).reshape(-1)] == list(range(6))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import LOOKED_AT
 
-from dsjax.backend import compiler_options
 from dsjax.checkpoint.load import STAGING_BYTES, leaf_arrays, load_plan
 from dsjax.config import V4Config, load_config
 from dsjax.models import v4
@@ -198,7 +198,7 @@ def _decode(max_length: int) -> tuple[Any, int]:
     assert cache.capacity == max_length + 8
     step = jax.jit(partial(v4.step, config, numerics), donate_argnums=1)
     new, row = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    compiled = step.lower(abstract_params(config), cache, new, row).compile(compiler_options("cpu"))
+    compiled = step.lower(abstract_params(config), cache, new, row).compile(LOOKED_AT)
     return compiled, tree_bytes(cache)
 
 

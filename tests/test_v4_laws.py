@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT32, SEED, V4_SETTINGS, counts, rng, worst
+from helpers import FLOAT32, LOOKED_AT, SEED, V4_SETTINGS, counts, rng, worst
 from helpers_v4 import (
     NATIVE,
     TOKENS,
@@ -38,7 +38,6 @@ from hypothesis import example, given, seed, settings
 from jax import export
 
 import dsjax.models.v4 as v4_module
-from dsjax.backend import compiler_options
 from dsjax.cache import SPARE, SequenceState, V4Cache, extract, insert, rollback
 from dsjax.cache.rows import ROW_BLOCK
 from dsjax.cache.v4 import SHORT_STEP
@@ -814,7 +813,7 @@ def _compiled(name: str, numerics: Numerics, tokens: int, max_length: int) -> tu
     step = jax.jit(partial(v4.step, config, numerics), donate_argnums=1)
     new, row = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = abstract_params(config) if name.startswith("deepseek") else jax.eval_shape(lambda: model(name).params)
-    return step.lower(params, cache, new, row).compile(compiler_options("cpu")), cache
+    return step.lower(params, cache, new, row).compile(LOOKED_AT), cache
 
 
 def _cache_bytes(cache: V4Cache) -> int:

@@ -14,6 +14,7 @@ import jax
 
 from dsjax.config import Config, load_config, read_json_object, token_ids
 from dsjax.errors import InputError
+from dsjax.layout import layout
 from dsjax.numerics import Numerics
 from dsjax.parallel import Parallel, load_onto, parallel
 from dsjax.params import Tree
@@ -22,6 +23,7 @@ from dsjax.plan import load_model as planned_model
 from dsjax.plan.check import check_memory
 from dsjax.sampling import GREEDY_BELOW, Sampling
 from dsjax.text import Text
+from sharding import Plan
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -126,23 +128,39 @@ def parallel_of(options: argparse.Namespace, config: Config, numerics: Numerics)
     )
 
 
+def arrange(
+    options: argparse.Namespace, config: Config, numerics: Numerics, batch: int, length: int
+) -> Parallel | None:
+    """Where --mesh puts the checkpoint of --model, None for one device, after a look at whether it can fit there.
+
+    Args:
+      config, numerics: of the checkpoint, from `checkpoint_config` and `Numerics.for_checkpoint`.
+      batch, length: slots and positions of the cache that it will get.
+
+    Raises:
+      InputError: if it cannot work, or cannot fit.
+    """
+    many = parallel_of(options, config, numerics)
+    devices = list(many.mesh.devices.flat) if many else jax.devices()[:1]
+    found = many.layout if many else layout(config, Plan())
+    model = planned_model(str(options.model), numerics, options.weights)
+    check_memory(model, Load(length, batch), found, devices)
+    return many
+
+
 def load_model(
     options: argparse.Namespace, config: Config, numerics: Numerics, batch: int, length: int, *, mtp: bool = False
 ) -> tuple[Config, Tree, Parallel | None]:
     """The checkpoint of --model, held as --weights says, where --mesh says.
 
     Args:
-      config, numerics: of the checkpoint, from `checkpoint_config` and `Numerics.for_checkpoint`.
-      batch, length: slots and positions of the cache that it will get.
+      config, numerics, batch, length: of `arrange`.
       mtp: with its draft module.
 
     Raises:
       InputError: before anything is loaded if it cannot work, or cannot fit; see `load`.
     """
-    many = parallel_of(options, config, numerics)
-    devices = list(many.mesh.devices.flat) if many else jax.devices()[:1]
-    model = planned_model(str(options.model), numerics, options.weights)
-    check_memory(model, Load(length, batch), devices, options.mesh, options.attention)
+    many = arrange(options, config, numerics, batch, length)
     config, params, _ = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=show_progress())
     return config, params, many
 

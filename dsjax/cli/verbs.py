@@ -18,11 +18,11 @@ from dsjax.checkpoint.agreement import agree, problems
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import open_files
 from dsjax.cli.common import (
+    arrange,
     checkpoint_config,
     load_model,
     note,
     numerics_of,
-    parallel_of,
     print_json,
     sampling_of,
     show_progress,
@@ -230,11 +230,13 @@ def score(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """`dsjax bench`."""
-    numerics, config = numerics_of(options), load_config(options.model)
+    numerics, config = numerics_of(options), checkpoint_config(options.model)
+    length = min(options.prompt_length + options.new_tokens, config.max_position_embeddings)
+    held = numerics.for_checkpoint(config, options.weights)
     result = run_bench(
         options.model,
         numerics,
-        parallel=parallel_of(options, config, numerics.for_checkpoint(config, options.weights)),
+        parallel=arrange(options, config, held, options.batch, length),
         weights=options.weights,
         prompt_length=options.prompt_length,
         new_tokens=options.new_tokens,

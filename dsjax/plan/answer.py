@@ -39,6 +39,7 @@ def answer(
     whole = model_bytes(model)
     instead = [] if chosen.fits else alternatives(model, cards, load, found, free=plan is None and attention is None)
     context, batch = chosen.largest_context(), chosen.largest_batch()
+    more = f"context up to {context:,} at batch {load.batch}, batch up to {batch:,} at context {load.context:,}"
     result: dict[str, Any] = {
         "model": model.name,
         "weights": model.weights,
@@ -54,7 +55,7 @@ def answer(
         "context": load.context,
         "batch": load.batch,
         "fits": chosen.fits,
-        "reason": _reason(chosen, instead, context, batch),
+        "reason": f"{fit(chosen)}; {more}" if chosen.fits else misfit(chosen, instead),
         "bytes_per_card": {**chosen.parts, "total": chosen.total},
         "weights_per_card": chosen.placement.modules,
         "replicated": sorted(chosen.placement.replicated),
@@ -75,13 +76,17 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.1f}"
 
 
-def _reason(chosen: Candidate, instead: list[str], context: int, batch: int) -> str:
-    """One sentence."""
-    memory, load = chosen.cards.memory_bytes, chosen.load
-    of = f"{_gb(chosen.total)} of {memory / 1e9:g} GB per card"
-    if chosen.fits:
-        more = f"context up to {context:,} at batch {load.batch}, batch up to {batch:,} at context {load.context:,}"
-        return f"fits: {of}, {_gb(memory - chosen.total)} free; {more}"
+def _of(chosen: Candidate) -> str:
+    return f"{_gb(chosen.total)} of {chosen.cards.memory_bytes / 1e9:g} GB per card"
+
+
+def fit(chosen: Candidate) -> str:
+    """How well it fits."""
+    return f"fits: {_of(chosen)}, {_gb(chosen.cards.memory_bytes - chosen.total)} free"
+
+
+def misfit(chosen: Candidate, instead: list[str]) -> str:
+    """Why it does not fit, in one sentence, and what would."""
     sizes = {
         f"{name} replicated" if name in chosen.placement.replicated else name: size
         for name, size in chosen.placement.modules.items()
@@ -90,7 +95,7 @@ def _reason(chosen: Candidate, instead: list[str], context: int, batch: int) -> 
     largest = sorted(sizes.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {_gb(size)}" for name, size in largest if size * 100 >= chosen.total)
     would = f"; would fit: {'; or '.join(instead)}" if instead else ""
-    return f"does not fit: {of}, {_gb(chosen.total - memory)} too many: {listed}{would}"
+    return f"does not fit: {_of(chosen)}, {_gb(chosen.total - chosen.cards.memory_bytes)} too many: {listed}{would}"
 
 
 def _times(times: Times) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import jax
 
 from dsjax.errors import InputError
-from dsjax.plan.answer import answer
+from dsjax.layout import Layout
+from dsjax.plan.answer import misfit
 from dsjax.plan.memory import Load
-from dsjax.plan.placement import Model
-from dsjax.plan.search import Cards
-from sharding import Plan
+from dsjax.plan.placement import Model, Placement
+from dsjax.plan.search import Candidate, Cards, alternatives
 
 HELD = ("weights", "scales", "kv", "indexer")
 """Parts that are counted to the byte; the planner's other ones are bounds, which a run may stay below."""
@@ -31,16 +31,14 @@ def device_memory(device: jax.Device, sharing: int) -> int | None:
     return stats.get("bytes_limit")
 
 
-def check_memory(
-    model: Model, load: Load, devices: Sequence[jax.Device], plan: Plan | None = None, attention: str = "heads"
-) -> None:
+def check_memory(model: Model, load: Load, layout: Layout, devices: Sequence[jax.Device]) -> None:
     """Refuses a model that the devices cannot hold, with the planner's reason.
 
     Args:
       model: what is to run.
       load: positions and sequences of its cache.
+      layout: how it lies on the devices.
       devices: of the mesh.
-      plan, attention: how it lies on them; on one device by default.
 
     Raises:
       InputError: if weights and cache are more than a device has.
@@ -49,6 +47,8 @@ def check_memory(
     limit = device_memory(here[0], len(here)) if here else None
     if limit is None:
         return
-    result = answer(model, Cards(len(devices), limit, 0), load, plan or Plan(), attention)
-    if sum(result["bytes_per_card"][part] for part in HELD) > limit:
-        raise InputError(f"not enough memory: {result['reason']}")
+    cards = Cards(len(devices), limit, 0)
+    placed = Candidate(Placement(model, layout), load, cards)
+    if sum(placed.parts[part] for part in HELD) > limit:
+        instead = alternatives(model, cards, load, [placed], free=False)
+        raise InputError(f"not enough memory: {misfit(placed, instead)}")

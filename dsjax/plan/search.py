@@ -109,24 +109,33 @@ def _layouts(model: Model, count: int, attention: str | None) -> Iterator[Layout
 def candidates(
     model: Model, cards: Cards, load: Load, plan: Plan | None = None, attention: str | None = None
 ) -> list[Candidate]:
-    """The ways to lay the model out: the plan asked for, or all that use every card, or as many as can be used.
+    """The ways to lay the model out: the plan asked for; or all that use every card, or, where none of these fits but
+    one for fewer cards does, those.
 
     Args:
       plan: None for any.
       attention: None for either; of a given plan, heads.
 
     Raises:
-      InputError: if the plan asks for more cards than there are or cannot work, or none works at all.
+      InputError: if the plan asks for more cards than there are, or cannot work.
     """
     if plan is not None:
         if plan.devices > cards.count:
             raise InputError(f"--mesh {plan}: expected at most {cards.count} cards, found a plan for {plan.devices}")
         placed = layout(model.config, plan, attention or "heads", model.numerics)
         return [Candidate(Placement(model, placed), load, cards)]
-    for count in range(cards.count, 0, -1):
-        if found := [Candidate(Placement(model, each), load, cards) for each in _layouts(model, count, attention)]:
+    tried: list[Candidate] = []
+    for count in _rounder(cards.count):
+        found = [Candidate(Placement(model, each), load, cards) for each in _layouts(model, count, attention)]
+        if any(each.fits for each in found):
             return found
-    raise InputError(f"{model.name}: expected a plan that works for {cards.count} cards, found none")
+        tried = tried or found
+    return tried
+
+
+def _rounder(count: int) -> list[int]:
+    """Numbers of cards that more and more of a model's axes divide by: 12, then 8; 24, then 16."""
+    return sorted({count >> k << k for k in range(count.bit_length())}, reverse=True)
 
 
 def _order(candidate: Candidate) -> tuple[float, ...]:
@@ -190,10 +199,7 @@ def _flags(candidate: Candidate) -> str:
 
 def _fitting(model: Model, cards: Cards, load: Load) -> Candidate | None:
     """The best plan, if it fits."""
-    try:
-        chosen = best(candidates(model, cards, load))
-    except InputError:
-        return None
+    chosen = best(candidates(model, cards, load))
     return chosen if chosen.fits else None
 
 
@@ -214,5 +220,5 @@ def _more_cards(model: Model, cards: Cards, load: Load) -> str | None:
             continue
         more = dataclasses.replace(cards, count=count)
         if (other := _fitting(model, more, load)) is not None:
-            return f"{count} cards ({_flags(other)})"
+            return f"{other.placement.layout.plan.devices} cards ({_flags(other)})"
     return None
