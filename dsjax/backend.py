@@ -50,14 +50,15 @@ LANES = 128
 def weight_placement(sharding: Sharding, weight: Any, platform: str) -> Any:
     """Where a parameter's array lies, for `in_shardings` and `jax.device_put`.
 
-    Row-major, as products take it, unless its rows are short. XLA:TPU lays an array of odd width (scales of 7168
+    Row-major, as products take it, unless a device's rows are short. XLA:TPU lays an array of odd width (scales of 7168
     channels are 224) along another axis, which needs less padding, and then turns the whole stack over in every step.
 
     Args:
       sharding, platform: as of `cache_placement`.
       weight: the array, or its shape.
     """
-    if platform == "cpu" or not weight.ndim or weight.shape[-1] < LANES:
+    held = sharding.shard_shape(weight.shape)
+    if platform == "cpu" or not held or held[-1] < LANES:
         return sharding
     return Format(Layout(tuple(range(weight.ndim))), sharding)
 
