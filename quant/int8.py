@@ -6,8 +6,8 @@ Activations are quantised per token as they come ("dynamic"), or per token and 1
 blocks.
 
 Two forms, as in `quant.matmul`. Up to FUSED_TOKENS tokens on a CPU, decoding, product and sum are one loop over the
-stored bytes: int16 products, int32 sums. Else, and for few tokens on any other platform, `dot_general` of int8 to int32,
-which is what a compiler for integer matrix units looks for. Where one scale spans a row, both give the same bits.
+stored bytes: int16 products, int32 sums. Else, and on any other platform, `dot_general` of int8 to int32, which is what
+a compiler for integer matrix units looks for. Where one scale spans a row, both give the same bits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Int8Rows:
     @property
     def values(self) -> jax.Array:
         """float32 [..., K]"""
-        *lead, k = self.shape
+        k = self.shape[-1]
         spread = expand_scales(self.scales[..., None, :], (1, self.group or k), (1, k))[..., 0, :]
         # XLA:CPU repeats what makes the activations of a product for every row of weights, but never a division.
         return exact_divide(self.codes.astype(jnp.float32) * spread, jnp.float32(1))
