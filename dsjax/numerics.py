@@ -102,7 +102,7 @@ class Numerics:
           weights: what its weights are held as, one of `params.WEIGHTS`.
 
         Raises:
-          InputError: for native on a checkpoint in integers, or on an FP8 checkpoint held as anything else, native being
+          InputError: for native on a checkpoint in integers, or on an FP8 checkpoint held as anything else: native is
             DeepSeek's own FP8 products; for a choice that this architecture does not have.
         """
         integers = config.quantization if isinstance(config.quantization, IntegerQuantization) else None

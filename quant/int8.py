@@ -122,23 +122,26 @@ def _sum_width(rows: Int8Rows, w: QArray) -> int:
       ValueError: if neither width divides the other.
     """
     k = w.shape[-1]
-    widths = sorted({w.block[1] or k, rows.group or k})
+    widths = sorted(min(width or k, k) for width in (w.block[1], rows.group))
     if rows.shape[-1] != k or not is_integer(w):
         raise ValueError(f"INT8 activations {rows.shape} do not fit {w.format.name} weights {w.shape}")
     if widths[-1] < k and widths[-1] % widths[0]:
         raise ValueError(f"groups of {rows.group} activations and blocks {w.block} of weights cut each other")
-    return min(widths)
+    return widths[0]
 
 
 def _scales_per_sum(rows: Int8Rows, w: QArray, width: int) -> tuple[jax.Array, jax.Array]:
     """float32 scales of every integer sum: of activations [*lead, T, 1 or G], of weights [*lead, N, G]."""
     n, k = w.shape[-2:]
     sums = math.ceil(k / width)
-    bk = w.block[1] or k
-    weights = expand_scales(w.scales, (w.block[0] or n, max(1, bk // width)), (n, sums))
+
+    def repeats(block: int) -> int:
+        return max(1, block // width) if WHOLE < block < k else sums
+
+    weights = expand_scales(w.scales, (w.block[0] or n, repeats(w.block[1])), (n, sums))
     if rows.group == WHOLE:
         return rows.scales, weights
-    return jnp.repeat(rows.scales, rows.group // width, axis=-1)[..., :sums], weights
+    return jnp.repeat(rows.scales, repeats(rows.group), axis=-1)[..., :sums], weights
 
 
 def reference_int8_dot(rows: Int8Rows, w: QArray) -> Float32[Array, "T N"]:

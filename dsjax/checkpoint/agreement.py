@@ -95,10 +95,12 @@ def _called(files: Files, name: str) -> str:
     return name if own == name else f"{name} ({own} in the file)"
 
 
-def _expect(files: Files, name: str, shape: tuple[int, ...], types: Mapping[np.dtype, str]) -> str:
-    """Checks one tensor and returns its format's name."""
+def _expect(
+    files: Files, name: str, shape: tuple[int, ...], types: Mapping[np.dtype, str], spelt: str | None = None
+) -> str:
+    """Checks one tensor, which a file may have under another name, and returns its format's name."""
     if name not in files:
-        raise InputError(f"{files.folder}: tensor {name}: expected {_expected(types, shape)}, found none")
+        raise InputError(f"{files.folder}: tensor {spelt or name}: expected {_expected(types, shape)}, found none")
     tensor = files[name]
     fmt = types.get(tensor.dtype)
     if fmt == "e2m1":
@@ -121,7 +123,8 @@ def _agree_row(files: Files, row: Row, config: Config) -> tuple[Stored, set[str]
     scales: set[str] = set()
     for _, name in row.tensors():
         types = integers.integer_types(files, row, name, config)
-        fmt = _expect(files, name, shape, floats if types is None else types)
+        spelt = name if types is None else integers.spelt(name, types)
+        fmt = _expect(files, name, shape, floats if types is None else types, spelt)
         known.add(name)
         formats.setdefault(fmt, name)
         if len(formats) > 1 and not set(formats) <= set(_FLOATS.values()):
@@ -135,7 +138,8 @@ def _agree_row(files: Files, row: Row, config: Config) -> tuple[Stored, set[str]
             known.add(scale)
         if fmt in INTEGERS:
             scale = row.scale_name(name)
-            _expect(files, scale, scale_grid(shape, Stored(fmt).block), integers.SCALES)
+            spelt = integers.spelt(scale, {np.dtype(np.int8): fmt}, scale=True)
+            _expect(files, scale, scale_grid(shape, Stored(fmt).block), integers.SCALES, spelt)
             scales.add("f32")
             known.add(scale)
         if fmt == "int4":

@@ -65,6 +65,14 @@ def integer_types(files: Files, row: Row, name: str, config: Config) -> Mapping[
     return None if found is None else _TYPES[found]
 
 
+def spelt(name: str, types: Mapping[np.dtype, str], scale: bool = False) -> str:
+    """What a file calls a weight of these types, or its scales, by the name that the table has for them."""
+    module, fmt = name.removesuffix(".weight_scale_inv").removesuffix(".scale"), next(iter(types.values()))
+    if scale:
+        return f"{module}.weight_scale" + ("_inv" if fmt == "int8-block" else "")
+    return name + ("_packed" if fmt == "int4" else "")
+
+
 def file_shape(fmt: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a matrix's codes in the file."""
     return (*shape[:-1], -(-shape[-1] // 8)) if fmt == "int4" else shape

@@ -233,7 +233,7 @@ def lacking(chip: Chip, placement: Placement) -> list[str]:
 
 
 def _rate(chip: Chip, element: str) -> float | None:
-    """Operations a second: bfloat16 at float16's rate where only that is known, FP8 and INT8 at theirs if they have none."""
+    """Operations a second: bfloat16 at float16's rate where only that is known, FP8 and INT8 at theirs if need be."""
     floats = ("bf16", "fp16")
     for name in {"fp8": ("fp8", *floats), "int8": ("int8", *floats), "bf16": floats}.get(element, (element,)):
         if name in chip.flops:
