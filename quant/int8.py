@@ -90,12 +90,7 @@ def act_quant_int8(
       group: channels that share a scale, WHOLE for all; a last group may be shorter.
       largest: given the maxima float32 [..., groups] of what is here, those of whole rows: where K is split over
         devices and one scale spans a row, the maximum over them.
-
-    Raises:
-      TypeError: for anything but floats.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"expected floats to quantise, found {x.dtype}")
     x = x.astype(jnp.float32)
     *lead, k = x.shape
     size = group or k
