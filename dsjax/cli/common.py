@@ -143,7 +143,10 @@ def load_model(
     devices = list(many.mesh.devices.flat) if many else jax.devices()[:1]
     model = planned_model(str(options.model), numerics, options.weights)
     check_memory(model, Load(length, batch), devices, options.mesh, options.attention)
-    config, params, _ = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=show_progress())
+    config, params, stats = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=show_progress())
+    if options.weights == "float16":
+        lost = stats.narrowed
+        note(f"float16: {lost.subnormal} values below 2^-14 keep fewer bits, {lost.flushed} became zero")
     return config, params, many
 
 
