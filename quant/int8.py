@@ -207,8 +207,8 @@ def _plain_dot(tile: QArray, rows: Int8Rows) -> jax.Array:
 
 
 def _once(x: jax.Array) -> jax.Array:
-    """Made once, not again for every row of weights: behind a division, which XLA:CPU does not repeat."""
-    return lax.optimization_barrier(exact_divide(x.astype(jnp.float32), jnp.float32(1)).astype(jnp.int16))
+    """int16 codes, made once, not again for every row of weights: by a division, which XLA:CPU does not repeat."""
+    return lax.div(x.astype(jnp.int16), lax.optimization_barrier(jnp.ones_like(x, jnp.int16)))
 
 
 def _fused_row_dot(tile: QArray, rows: Int8Rows) -> jax.Array:
