@@ -26,7 +26,7 @@ from helpers import (
     step_of,
     worst,
 )
-from helpers_parallel import TOKENS, engine_on, one_engine
+from helpers_parallel import TOKENS, arrange, engine_on, folder, one_engine
 from test_integer_checkpoints import SETTINGS, written
 
 from dsjax.checkpoint.load import load
@@ -38,6 +38,7 @@ from dsjax.errors import InputError
 from dsjax.layout import layout
 from dsjax.models import family
 from dsjax.numerics import Numerics
+from dsjax.parallel import load_onto
 from dsjax.params import Stored, abstract_params, is_mtp, leaf_shape, table, tree_bytes
 from dsjax.plan import load_model
 from dsjax.plan.placement import Model, Placement
@@ -197,6 +198,18 @@ def test_planned_bytes_are_held(name: str, weights: str, folders: dict[str, Path
     )
 
 
+@pytest.mark.parametrize(("name", "plan"), [("v3", "ep=4,tp=4"), ("v4", "tp=8")])
+def test_devices_hold_what_is_planned(name: str, plan: str) -> None:
+    """INT4 experts whose groups are cut by the split, to the byte on every device."""
+    model = load_model(str(folder(name)), FLOAT32, "w4a8")
+    parted = arrange(model.config, plan, model.numerics)
+    _, params, _ = load_onto(parted, folder(name), mtp=False, weights="w4a8")
+    planned = sum(Placement(model, parted.layout).modules.values())
+    for device in parted.mesh.devices.flat:
+        shards = [shard for a in jax.tree.leaves(params) for shard in a.addressable_shards if shard.device == device]
+        assert sum(shard.data.nbytes for shard in shards) == planned
+
+
 def test_plan_at_full_size(capsys: pytest.CaptureFixture[str]) -> None:
     """671 B parameters on eight cards of 96 GB: INT8 fits, and half of it with INT4 experts."""
     totals = {}
@@ -278,6 +291,12 @@ def test_verbs(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     assert worst(found, expected) <= 1e-5
     alone = score(folders["qwen2"], "int8")
     assert 1e-3 < relative_norm(found, alone) < 0.1
+    saved = tmp_path / "saved"
+    assert main(["convert", str(folders["qwen2"]), "--to", "orbax", "--weights", "w8a8", "--out", str(saved)]) == 0
+    np.testing.assert_array_equal(score(saved, "w8a8"), found)
+    capsys.readouterr()
+    assert main(["generate", "--model", str(saved), "--weights", "w4a8", "--prompt-ids", "5"]) == 2
+    assert "expected --weights stored with a converted folder, found w4a8" in capsys.readouterr().err
     assert dataclasses.replace(numerics, activations="float") == FLOAT32.for_checkpoint(model.config, "int8")
     with pytest.raises(InputError, match="numerics activations: expected float or int8 or int8-group"):
         Numerics(activations="int4")

@@ -181,7 +181,10 @@ def _agree_pairs(files: Files, config: Config, stored: Mapping[Path, Stored]) ->
     """Refuses gates that are stored otherwise than what they multiply: both take the same activations."""
     for row in table(config):
         up = (*row.path[:-1], "up")
-        if row.path[-1] == "gate" and up in stored and row.path in stored and stored[row.path] != stored[up]:
+        if row.path[-1] != "gate" or up not in stored or row.path not in stored:
+            continue
+        formats = {stored[row.path].format, stored[up].format}
+        if len(formats) > 1 and formats & set(INTEGERS):
             name = next(row.tensors())[1]
             raise InputError(
                 f"{files[name].path}: tensor {_called(files, name)}: expected {stored[up].format} as the projection "
