@@ -69,6 +69,12 @@ class Layout:
         sizes = zip(matrix_shape(row, config), stored.block, ways, strict=True)
         bn, bk = (b if b == WHOLE or parts == 1 else math.gcd(b, n // parts) for n, b, parts in sizes)
         block = (bn, bk)
+        shape = matrix_shape(row, config)
+        if stored.packed and shape[-1] // ways[-1] % 2:
+            raise InputError(
+                f"mesh plan {self.plan}: {shape[-1]} channels of {'.'.join(row.path)} make parts of "
+                f"{shape[-1] // ways[-1]}, which two to a byte do not fit"
+            )
         return stored if block == stored.block else dataclasses.replace(stored, finer=block)
 
     def param_specs(self, params: Tree, config: Config) -> Tree:
@@ -118,8 +124,11 @@ class Layout:
         return self.local(params, self.param_specs(params, config))
 
 
-def _divides(row: Row, config: Config, rules: Rules, native: bool) -> str | None:
-    """Why a row cannot be split as the rules say; None where it can."""
+def _divides(row: Row, config: Config, rules: Rules, grouped: str | None) -> str | None:
+    """Why a row cannot be split as the rules say; None where it can.
+
+    `grouped`: what quantises activations in groups of channels, if anything does.
+    """
     shape = (*row.stacking, *matrix_shape(row, config))
     for n, axis in zip(shape, row.logical_axes, strict=True):
         if n % rules.ways(axis):
@@ -129,15 +138,22 @@ def _divides(row: Row, config: Config, rules: Rules, native: bool) -> str | None
     width, official = shape[-1] // rules.ways(row.axes[-1]), official_storage(row, config)
     if official.format == "e2m1" and width % 2:
         return f"{shape[-1]} channels of {'.'.join(row.path)} make parts of {width}, which two to a byte do not fit"
-    if native and official.scales is not None and row.path[-1] != "o_a" and width % GROUP:
+    if grouped and official.scales is not None and row.path[-1] != "o_a" and width % GROUP:
         return (
             f"{shape[-1]} channels of {'.'.join(row.path)} make parts of {width}, which cut the groups of {GROUP} that "
-            "native quantises activations in"
+            f"{grouped} quantises activations in"
         )
     return None
 
 
-def _build(config: Config, plan: Plan, attention: str, native: bool, o_groups: str) -> Layout:
+def _grouped(numerics: Numerics | None) -> str | None:
+    """What quantises activations in groups of channels, which a plan must not cut."""
+    if numerics is not None and numerics.native:
+        return "native"
+    return "block-wise INT8" if numerics is not None and numerics.activations == "int8-group" else None
+
+
+def _build(config: Config, plan: Plan, attention: str, grouped: str | None, o_groups: str) -> Layout:
     """`layout`, its reasons raised as ValueError."""
     rows = table(config)
     experts = getattr(config, "n_routed_experts", 0)
@@ -176,7 +192,7 @@ def _build(config: Config, plan: Plan, attention: str, native: bool, o_groups: s
         found["kv_heads"] = of_groups
 
     def fits(rules: Rules, *names: str) -> bool:
-        return not any(_divides(row, config, rules, native) for row in rows if set(names) & set(row.axes))
+        return not any(_divides(row, config, rules, grouped) for row in rows if set(names) & set(row.axes))
 
     for name, choices in (
         ("ffn", (ep + tp, tp) if attention == "heads" else (tp,)),
@@ -189,7 +205,7 @@ def _build(config: Config, plan: Plan, attention: str, native: bool, o_groups: s
                 break
     rules = Rules(found, extents)
     for row in rows:
-        if reason := _divides(row, config, rules, native):
+        if reason := _divides(row, config, rules, grouped):
             raise ValueError(reason)
     return Layout(plan, attention, inner, rules)
 
@@ -210,13 +226,13 @@ def working_plans(
     config: Config, devices: int, attention: str = "heads", numerics: Numerics | None = None, o_groups: str = "split"
 ) -> Iterator[Plan]:
     """Every plan for this many devices that `layout` takes."""
-    native = numerics is not None and numerics.native
+    grouped = _grouped(numerics)
     for dp in range(1, devices + 1):
         for ep in range(1, devices // dp + 1):
             if devices % (dp * ep) == 0:
                 plan = Plan(dp, ep, devices // (dp * ep))
                 try:
-                    _build(config, plan, attention, native, o_groups)
+                    _build(config, plan, attention, grouped, o_groups)
                 except ValueError:
                     continue
                 yield plan
@@ -240,18 +256,17 @@ def layout(
       config: the architecture.
       plan: extents of dp, ep and tp.
       attention: "heads" or "slots".
-      numerics: native must not cut a group of channels that share an activation's scale.
+      numerics: no plan may cut a group of channels that share an activation's scale, in native or with INT8 blocks.
       o_groups: "split" or "gather", for V4 split more ways than it has output groups.
       dispatch: how tokens get to their experts where devices have different ones (`sharding.dispatch`).
 
     Raises:
       InputError: if the plan cannot work, with the reason and the nearest one for as many devices that does.
     """
-    native = numerics is not None and numerics.native
     if dispatch != "auto" and attention == "heads":
         raise InputError(f"--dispatch {dispatch}: expected --attention slots; with heads every device has all tokens")
     try:
-        found = _build(config, plan, attention, native, o_groups)
+        found = _build(config, plan, attention, _grouped(numerics), o_groups)
         return dataclasses.replace(found, rules=dataclasses.replace(found.rules, dispatch=dispatch))
     except ValueError as e:
         works = list(working_plans(config, plan.devices, attention, numerics, o_groups))

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsjax.checkpoint.safetensors import DTYPES
 from dsjax.checkpoint.safetensors_writer import Spec, write_checkpoint_files
-from dsjax.config import Config, parse_config
+from dsjax.config import Config, IntegerQuantization, parse_config
 from dsjax.errors import InputError
 from dsjax.files import check_space, new_folder
 from dsjax.params import (
@@ -180,6 +180,10 @@ def synthesise(out: Path, config_json: dict[str, Any], *, template: str = "deeps
       InputError: for an impossible config, or a folder that cannot be written.
     """
     config = parse_config(config_json, "--set")
+    if isinstance(config.quantization, IntegerQuantization):
+        raise InputError(
+            "--set quantization_config: expected FP8 or null, found integers; `dsjax convert` writes those"
+        )
     check_space(out, accounting(config)["bytes"])  # before listing what may be millions of tensors
     order = sorted(_tensors(config), key=lambda t: t[0])
     specs = [spec for _, row, name, _ in order for spec in _specs(row, name, config)]

@@ -14,6 +14,7 @@ The columns:
 
     dsjax-stored      the checkpoint's FP8 and FP4 codes, resident as stored
     dsjax-int8        --weights int8; -fp8, -bfloat16 and -float32 likewise. Activations are bfloat16 in these five.
+    dsjax-w8a8, -w4a8 products of integers; only when asked for
     dsjax-all-float32 float32 weights and activations, the counterpart of hf-float32; only when asked for
     hf-bfloat16       Hugging Face's model of the family; every ratio is to this column
     hf-float32        the same in float32; only with --hf-float32 or when asked for
@@ -104,10 +105,13 @@ DSJAX = {  # column: (weights, dtype of activations)
     "dsjax-stored": ("stored", "bfloat16"),
     "dsjax-fp8": ("fp8", "bfloat16"),
     "dsjax-int8": ("int8", "bfloat16"),
+    "dsjax-w8a8": ("w8a8", "bfloat16"),
+    "dsjax-w4a8": ("w4a8", "bfloat16"),
     "dsjax-bfloat16": ("bfloat16", "bfloat16"),
     "dsjax-float32": ("float32", "bfloat16"),
     "dsjax-all-float32": ("float32", "float32"),
 }
+ASKED_FOR = ("dsjax-all-float32", "dsjax-w8a8", "dsjax-w4a8")
 HUGGING_FACE = {"hf-bfloat16": "bfloat16", "hf-float32": "float32"}
 LLAMA = {"llama-q8": False, "llama-q8-extra": True}  # column: whether extra buffers are used
 BASELINE = "hf-bfloat16"
@@ -115,6 +119,8 @@ HEADINGS = {
     "dsjax-stored": "dsjax, as stored",
     "dsjax-fp8": "dsjax, fp8",
     "dsjax-int8": "dsjax, int8",
+    "dsjax-w8a8": "dsjax, w8a8",
+    "dsjax-w4a8": "dsjax, w4a8",
     "dsjax-bfloat16": "dsjax, bf16",
     "dsjax-float32": "dsjax, f32",
     "dsjax-all-float32": "dsjax, all f32",
@@ -526,7 +532,7 @@ def _options() -> argparse.Namespace:
         parser.error("expected at least 1 round and 1 to 96 new tokens")
     if options.columns is None:
         once = "dsjax-stored" if options.geometry in UNQUANTISED else "dsjax-fp8"  # what another column holds too
-        options.columns = [name for name in DSJAX if name not in ("dsjax-all-float32", once)] + [BASELINE]
+        options.columns = [name for name in DSJAX if name not in (*ASKED_FOR, once)] + [BASELINE]
         options.columns += ["hf-float32"] * options.hf_float32 + ["llama-q8"] * (options.gguf is not None)
     if any(name in LLAMA for name in options.columns):
         if options.gguf is None or not options.gguf.is_file():

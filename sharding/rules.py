@@ -66,6 +66,11 @@ class Rules:
         axes = self.axes(name)
         return lax.psum(x, axes) if axes else x
 
+    def largest(self, name: str, x: jax.Array) -> jax.Array:
+        """The largest of all parts' x, element by element, on every device (an all-reduce)."""
+        axes = self.axes(name)
+        return lax.pmax(x, axes) if axes else x
+
     def part(self, name: str, x: jax.Array, dim: int = 0) -> jax.Array:
         """This device's part of an x that all devices have."""
         size = x.shape[dim] // self.ways(name)

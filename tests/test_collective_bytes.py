@@ -59,7 +59,7 @@ _HELD: list[tuple[Any, ...]] = [
     (name, plan, weights)
     for name, plans in PLANS.items()
     for plan in plans
-    for weights in ("stored", "int8", "fp8", "bfloat16")
+    for weights in ("stored", "int8", "fp8", "bfloat16", "float16", "w8a8")
 ]
 
 

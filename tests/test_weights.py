@@ -51,10 +51,10 @@ from dsjax.params import (
     tree_bytes,
 )
 from dsjax.synth import synth_config, synthesise
-from quant import BF16, E4M3, INT8, WHOLE, QArray, dequantise, quantise
+from quant import BF16, E4M3, F16, INT4, INT8, WHOLE, QArray, dequantise, quantise
 from sharding import Rules, make_mesh, parse_plan
 
-CONVERTED = ("float32", "bfloat16", "int8")
+CONVERTED = ("float32", "bfloat16", "float16", "int8", "w8a8", "w4a8")
 TINY = np.float32(2.0**-126)
 
 Parts = dict[str, np.ndarray]
@@ -96,8 +96,14 @@ def numpy_convert(w: np.ndarray, weights: str) -> Parts:
     """float32 [N, K] as each format holds it."""
     if weights == "float32":
         return {"codes": w}
-    if weights == "bfloat16":
-        return {"codes": w.astype(ml_dtypes.bfloat16).view(np.uint16)}
+    if weights in ("bfloat16", "float16"):
+        return {"codes": w.astype(ml_dtypes.bfloat16 if weights == "bfloat16" else np.float16).view(np.uint16)}
+    if weights == "int4":
+        groups = range(0, w.shape[1], 128)
+        amax = np.stack([np.abs(w[:, i : i + 128]).max(1) for i in groups], axis=1)
+        scales = np.maximum(amax / np.float32(7), TINY)
+        codes = np.rint(w / np.repeat(scales, 128, 1)[:, : w.shape[1]]).astype(np.int8).view(np.uint8)
+        return {"codes": codes[:, 0::2] & 15 | codes[:, 1::2] << 4, "scales": scales}
     if weights == "fp8":
         scales = _block_amax(w) / np.float32(448)
         codes = np.clip(w / np.kron(scales, np.ones((128, 128), np.float32))[: w.shape[0], : w.shape[1]], -448, 448)
@@ -147,16 +153,19 @@ def test_leaves_equal_numpy(name: str, weights: str) -> None:
     stored, (params, _) = golden(name).params, held(name, weights)
     for row in _rows(name):
         leaf = _leaf(params, row)
-        if row.storage == VECTOR or (weights == "int8" and {"embed", "router"} & set(row.path)):
+        kept = row.storage == VECTOR or (weights == "int8" and {"embed", "router"} & set(row.path))
+        if kept or (weights in ("w8a8", "w4a8") and row.storage != LINEAR):
             _assert_same(leaf, _leaf(stored, row))
             continue
         form = (leaf.format, leaf.block) if isinstance(leaf, QArray) else None
-        assert form == {"float32": None, "bfloat16": (BF16, (1, WHOLE)), "int8": (INT8, (1, WHOLE))}[weights]
+        how = "int4" if weights == "w4a8" and row.experts else "int8" if weights in ("w8a8", "w4a8") else weights
+        floats = {"float32": None, "bfloat16": (BF16, (1, WHOLE)), "float16": (F16, (1, WHOLE))}
+        assert form == {**floats, "int8": (INT8, (1, WHOLE)), "int4": (INT4, (1, 128))}[how]
         for index, tensor in row.tensors():
             w = tensors[tensor]
             scales = tensors.get(tensor + "_scale_inv")
             values = em.f32(w) if scales is None else em.dequantise(w, scales)
-            for part, expected in numpy_convert(values, weights).items():
+            for part, expected in numpy_convert(values, how).items():
                 found = np.asarray(getattr(leaf, part) if isinstance(leaf, QArray) else leaf)[index]
                 assert found.dtype == expected.dtype
                 np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
@@ -199,6 +208,7 @@ def test_any_part_of_a_matrix(fp8: bool) -> None:
         values = em.dequantise(elements, scales)
     source = Source(elements, scales, (128, 128))
     formats = ((Stored("f32"), "float32"), (Stored("bf16"), "bfloat16"), (Stored("int8", "f32"), "int8"))
+    formats += ((Stored("int4", "f32"), "int4"),)
     formats += () if fp8 else ((Stored("e4m3", "f32"), "fp8"),)
     whole = {weights: numpy_convert(values, weights) for _, weights in formats}
     row_scales = source.row_scales(slice(0, n))
@@ -210,7 +220,11 @@ def test_any_part_of_a_matrix(fp8: bool) -> None:
     for _ in range(40):
         (a, b), (c, d) = (sorted(random.choice(size + 1, 2, replace=False)) for size in (n, k))
         for held_as, weights in formats:
-            expected = whole[weights]["codes"][a:b, c:d]
+            if held_as.packed:  # two channels a byte
+                c, d = c - c % 2, d - d % 2
+            expected = (
+                whole[weights]["codes"][a:b, c // 2 : d // 2] if held_as.packed else whole[weights]["codes"][a:b, c:d]
+            )
             out = np.empty_like(expected)
             scales = None if held_as.scales is None else new_scales(source, held_as, slice(0, n), slice(0, k))
             fill(out, source, slice(a, b), slice(c, d), held_as, scales)
@@ -281,8 +295,17 @@ def test_bytes_at_full_size(weights: str) -> None:
     matrices = [r for r in rows if r.storage != VECTOR]
     vectors = 4 * sum(_leaf(shapes, r).size for r in rows if r.storage == VECTOR)
     sizes = {r.path: int(np.prod(_leaf(shapes, r).shape)) for r in matrices}
-    if weights in ("float32", "bfloat16"):
-        assert found == vectors + {"float32": 4, "bfloat16": 2}[weights] * sum(sizes.values())
+    if weights in ("float32", "bfloat16", "float16"):
+        assert found == vectors + {"float32": 4, "bfloat16": 2, "float16": 2}[weights] * sum(sizes.values())
+    elif weights == "w8a8":  # embedding, head and routers as stored, one scale a row
+        rest = [r for r in matrices if r.path[-1] not in ("embed", "head") and "router" not in r.path]
+        kept_bytes = sum(2 * sizes[r.path] for r in matrices if r not in rest)
+        assert found == vectors + kept_bytes + sum(sizes[r.path] // k * (k + 4) for r, k in _widths(rest, shapes))
+    elif weights == "w4a8":  # the same; experts four bits a weight and a scale for 128
+        experts = sum(sizes[r.path] for r in matrices if r.experts)
+        as_int8 = tree_bytes(abstract_params(config, weights="w8a8"))
+        rows_of_experts = sum(sizes[r.path] // k for r, k in _widths([r for r in matrices if r.experts], shapes))
+        assert found == as_int8 - experts // 2 - 4 * rows_of_experts + 4 * experts // 128
     elif weights == "int8":
         kept = [r.path for r in matrices if r.path[0] == "embed" or "router" in r.path]
         assert len(kept) == 2
@@ -294,7 +317,12 @@ def test_bytes_at_full_size(weights: str) -> None:
     assert plan.peak_staging_bytes <= STAGING_BYTES
 
 
-@pytest.mark.parametrize("weights", CONVERTED)
+def _widths(rows: list[Row], shapes: Any) -> list[tuple[Row, int]]:
+    """Rows with their channels."""
+    return [(row, _leaf(shapes, row).shape[-1]) for row in rows]
+
+
+@pytest.mark.parametrize("weights", [w for w in CONVERTED if w != "w4a8"])  # whose groups these rules would cut
 def test_staged_in_place_and_sharded_are_one(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small regions, of shards that cut rows, columns and 128-blocks: the bits of the whole, loaded in place.
 
@@ -320,7 +348,7 @@ def test_staged_in_place_and_sharded_are_one(weights: str, monkeypatch: pytest.M
         codes = down.codes if isinstance(down, QArray) else down
         part = (1, 3, 68, 36) if mesh.size == 8 else (1, 6, 68, 72)
         assert codes.addressable_shards[0].data.shape == part
-        if weights == "int8":
+        if weights in ("int8", "w8a8"):
             kv_a = params["dense"]["attention"]["kv_a"]
             assert kv_a.codes.addressable_shards[1].data.shape == (1, 144, 68)
             assert kv_a.scales.addressable_shards[1].data.shape == (1, 144, 1)
@@ -390,7 +418,9 @@ def test_native_takes_stored_weights_only(capsys: pytest.CaptureFixture[str], tm
 def test_unknown_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", str(GOLDENS / "v3-mtp"), "--weights", "int4"]) == 2
     assert "'int4'" in capsys.readouterr().err
-    with pytest.raises(InputError, match="expected stored, float32, bfloat16, fp8, int8, found 'int4'"):
+    with pytest.raises(
+        InputError, match="expected stored, float32, bfloat16, float16, fp8, int8, w8a8, w4a8, found 'int4'"
+    ):
         load(GOLDENS / "v3-mtp", weights="int4")
 
 

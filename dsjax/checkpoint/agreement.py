@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from dsjax.checkpoint import integers
 from dsjax.checkpoint.safetensors import Files
 from dsjax.checkpoint.values import host_finite
-from dsjax.config import Config, V4Config
+from dsjax.config import Config, IntegerQuantization, V4Config
 from dsjax.errors import InputError
-from dsjax.params import EXPERT, INTEGER, LINEAR, Path, Row, Stored, is_mtp, matrix_shape, scale_grid, table
+from dsjax.params import EXPERT, INTEGER, INTEGERS, LINEAR, Path, Row, Stored, is_mtp, matrix_shape, scale_grid, table
 
 _FP8 = {np.dtype(ml_dtypes.float8_e4m3fn): "e4m3"}
 _FP4 = {np.dtype(np.int8): "e2m1", np.dtype(np.uint8): "e2m1"}  # two codes a byte, whatever the file calls it
@@ -65,6 +66,8 @@ def _types(row: Row, config: Config) -> Mapping[np.dtype, str]:
     """
     if row.storage == INTEGER:
         return _INTEGERS
+    if isinstance(config.quantization, IntegerQuantization):  # those that it leaves as they are
+        return _FLOATS
     if not isinstance(config, V4Config):
         return _FP8 if row.storage == LINEAR and config.quantization is not None else _FLOATS
     if row.storage == EXPERT:
@@ -80,7 +83,7 @@ def _expected(types: Mapping[np.dtype, str], shape: tuple[int, ...]) -> str:
     """Types and shape for a message; packed codes have a shape of their own."""
     packed, rest = ({d: f for d, f in types.items() if (f == "e2m1") == wanted} for wanted in (True, False))
     if not packed:
-        return f"{_names(rest)} {list(shape)}"
+        return f"{_names(rest)} {list(integers.file_shape(next(iter(rest.values())), shape))}"
     if shape[-1] % 2:
         return f"{_names(rest)} {list(shape)} (of odd width, so not packed)"
     return f"{_names(packed)} {[*shape[:-1], shape[-1] // 2]} or {_names(rest)} {list(shape)}"
@@ -92,16 +95,18 @@ def _called(files: Files, name: str) -> str:
     return name if own == name else f"{name} ({own} in the file)"
 
 
-def _expect(files: Files, name: str, shape: tuple[int, ...], types: Mapping[np.dtype, str]) -> str:
-    """Checks one tensor and returns its format's name."""
+def _expect(
+    files: Files, name: str, shape: tuple[int, ...], types: Mapping[np.dtype, str], spelt: str | None = None
+) -> str:
+    """Checks one tensor, which a file may have under another name, and returns its format's name."""
     if name not in files:
-        raise InputError(f"{files.folder}: tensor {name}: expected {_expected(types, shape)}, found none")
+        raise InputError(f"{files.folder}: tensor {spelt or name}: expected {_expected(types, shape)}, found none")
     tensor = files[name]
     fmt = types.get(tensor.dtype)
     if fmt == "e2m1":
         fits = shape[-1] % 2 == 0 and tensor.shape == (*shape[:-1], shape[-1] // 2)
     else:
-        fits = tensor.shape == shape
+        fits = tensor.shape == integers.file_shape(fmt or "", shape)
     if fmt is None or not fits:
         raise InputError(
             f"{tensor.path}: tensor {_called(files, name)}: expected {_expected(types, shape)}, "
@@ -112,12 +117,14 @@ def _expect(files: Files, name: str, shape: tuple[int, ...], types: Mapping[np.d
 
 def _agree_row(files: Files, row: Row, config: Config) -> tuple[Stored, set[str]]:
     """How one row is stored, and the names of its tensors."""
-    shape, types = matrix_shape(row, config), _types(row, config)
+    shape, floats = matrix_shape(row, config), _types(row, config)
     known: set[str] = set()
     formats: dict[str, str] = {}  # and the first tensor of each
     scales: set[str] = set()
     for _, name in row.tensors():
-        fmt = _expect(files, name, shape, types)
+        types = integers.integer_types(files, row, name, config)
+        spelt = name if types is None else integers.spelt(name, types)
+        fmt = _expect(files, name, shape, floats if types is None else types, spelt)
         known.add(name)
         formats.setdefault(fmt, name)
         if len(formats) > 1 and not set(formats) <= set(_FLOATS.values()):
@@ -129,6 +136,14 @@ def _agree_row(files: Files, row: Row, config: Config) -> tuple[Stored, set[str]
             scale = row.scale_name(name)
             scales.add(_expect(files, scale, scale_grid(shape, Stored(fmt).block), _SCALES))
             known.add(scale)
+        if fmt in INTEGERS:
+            scale = row.scale_name(name)
+            spelt = integers.spelt(scale, {np.dtype(np.int8): fmt}, scale=True)
+            _expect(files, scale, scale_grid(shape, Stored(fmt).block), integers.SCALES, spelt)
+            scales.add("f32")
+            known.add(scale)
+        if fmt == "int4":
+            known.add(integers.check_packed(files, name, shape))
     widest = next(iter(formats)) if len(formats) == 1 else "f32"
     return Stored(widest, None if not scales else scales.pop() if len(scales) == 1 else "f32"), known
 
@@ -151,6 +166,8 @@ def agree(files: Files, config: Config) -> dict[Path, Stored]:
         if with_mtp or not is_mtp(row):
             stored[row.path], names = _agree_row(files, row, config)
             known |= names
+    if isinstance(config.quantization, IntegerQuantization):
+        _agree_pairs(files, config, stored)
     for name in files:
         if name not in known and not _ignored(name, config, block_draft):
             raise InputError(
@@ -158,6 +175,21 @@ def agree(files: Files, config: Config) -> dict[Path, Stored]:
                 f"expected no such tensor in this {config.model_type}, found one"
             )
     return stored
+
+
+def _agree_pairs(files: Files, config: Config, stored: Mapping[Path, Stored]) -> None:
+    """Refuses gates that are stored otherwise than what they multiply: both take the same activations."""
+    for row in table(config):
+        up = (*row.path[:-1], "up")
+        if row.path[-1] != "gate" or up not in stored or row.path not in stored:
+            continue
+        formats = {stored[row.path].format, stored[up].format}
+        if len(formats) > 1 and formats & set(INTEGERS):
+            name = next(row.tensors())[1]
+            raise InputError(
+                f"{files[name].path}: tensor {_called(files, name)}: expected {stored[up].format} as the projection "
+                f"beside it, found {stored[row.path].format}"
+            )
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -182,7 +214,10 @@ def check_values(files: Files, config: Config, row: Row, part: str, name: str, v
         if bad.size:
             raise InputError(f"{where}: expected ids of experts, below {limit}, found {int(bad[0])}")
         return
-    fmt = (_SCALES if part == "scales" else _types(row, config))[view.dtype]
+    if part == "codes" and view.dtype.kind in "iu" and isinstance(config.quantization, IntegerQuantization):
+        return  # every code is a number
+    types = integers.SCALES | _SCALES if part == "scales" else _types(row, config)
+    fmt = types[view.dtype]
     if not host_finite(view, fmt):
         expected, found = {
             "e4m3": ("no NaN code", "0x7F or 0xFF"),

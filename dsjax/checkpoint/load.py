@@ -23,12 +23,14 @@ from tqdm import tqdm
 
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, check_copies, has_block_draft
-from dsjax.checkpoint.manifest import leaf_parts
+from dsjax.checkpoint.manifest import leaf_parts, stored_as
 from dsjax.checkpoint.names import open_files
 from dsjax.checkpoint.placing import DevicePart, HostPart, Region, extents, local_parts, split_region, undivided
 from dsjax.checkpoint.reading import Reader
+from dsjax.checkpoint.resident import Narrowed
 from dsjax.config import Config, Quantization, V4Config, load_config
 from dsjax.errors import InputError
+from dsjax.numerics import INT8_ACTIVATIONS
 from dsjax.params import (
     FP8_BLOCK,
     Path,
@@ -71,6 +73,7 @@ class LoadStats:
       read_bytes: taken from files: codes and scales, and once more what new scales were computed from.
       needed_bytes: what must be, for this process's devices, each part of an array once. Both count its share of
         comparing an MTP module's copies.
+      narrowed: of what became float16, values that lost more than a rounding.
     """
 
     bytes: int = 0
@@ -78,6 +81,7 @@ class LoadStats:
     regions: int = 0
     read_bytes: int = 0
     needed_bytes: int = 0
+    narrowed: Narrowed = dataclasses.field(default_factory=Narrowed)
 
     def staged(self, nbytes: int) -> None:
         """Counts one region that passed through host memory on its way to a device."""
@@ -183,6 +187,13 @@ def _wants_mtp(folder: FilePath, config: Config, mtp: bool | None, found: bool, 
     return found if mtp is None else mtp
 
 
+def _holds(folder: FilePath, config: Config, weights: str) -> bool:
+    """Whether a converted folder's leaves are what these weights are held as."""
+    leaves = orbax.Converted(folder, config).leaves
+    rows = ((row, stored_as(leaves[row.path])) for row in table(config) if row.path in leaves)
+    return all(resident(row, stored, weights) == stored for row, stored in rows)
+
+
 def _load_converted(
     folder: FilePath, config: Config, mtp: bool | None, where: ArraySharding, cut: Cut, progress: bool, in_place: bool
 ) -> tuple[Config, Tree, LoadStats]:
@@ -220,8 +231,9 @@ def load(
       folder: with config.json and safetensors files as DeepSeek publishes them; or a converted one, see `orbax`.
       mtp: load the MTP module too; None where there is one.
       weights: what matrices are held as, one of `params.WEIGHTS`: "stored" touches no byte of them; "float32" and
-        "bfloat16" are their values, rounded once; "int8" has one float32 scale per row and leaves embedding and router
-        as stored; "fp8" has one per 128 x 128 block, of the matrices that DeepSeek quantises.
+        "bfloat16" are their values, rounded once, and so is "float16", which holds none above 65504; "int8" has one
+        float32 scale per row and leaves embedding and router as stored; "fp8" has one per 128 x 128 block, of the
+        matrices that DeepSeek quantises; "w8a8" and "w4a8" see `params.resident`.
       sharding: where arrays go: one sharding for all, or a function of (row, "codes" or "scales"); this process's first
         device by default. What this process's devices hold is read, each part once however many hold it; and of what
         is quantised anew, once more all that shares a scale with it.
@@ -243,7 +255,7 @@ def load(
     single = sharding or SingleDeviceSharding(jax.local_devices()[0])
     where: ArraySharding = (lambda row, part: single) if isinstance(single, Sharding) else single
     if orbax.is_converted(folder):
-        if weights != "stored":
+        if weights != "stored" and not (weights in INT8_ACTIVATIONS and _holds(folder, config, weights)):
             raise InputError(f"{folder}: expected --weights stored with a converted folder, found {weights}")
         return _load_converted(folder, config, mtp, where, cut, progress, in_place)
     with open_files(folder, config) as files:
@@ -266,4 +278,5 @@ def load(
             total = loader.local_bytes(row for row in rows.values() if row.copy_of is None)
             with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
                 tree = build_tree(tuple(rows.values()), lambda row: loader.leaf(row, bar))
+            stats.narrowed = reader.narrowed
     return config, tree, stats

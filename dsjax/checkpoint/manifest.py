@@ -12,8 +12,20 @@ import numpy as np
 
 from dsjax.config import Config, read_json_object
 from dsjax.errors import InputError
-from dsjax.params import FLOAT32, INTEGER, VECTOR, Path, Tree, is_mtp, leaf_shape, scale_grid, table
-from quant import FORMATS, QArray
+from dsjax.params import (
+    FLOAT32,
+    INT8_BLOCK,
+    INTEGER,
+    VECTOR,
+    Path,
+    Stored,
+    Tree,
+    is_mtp,
+    leaf_shape,
+    scale_grid,
+    table,
+)
+from quant import FORMATS, INT8, QArray
 
 MANIFEST = "dsjax.json"
 VERSION = 1
@@ -29,6 +41,15 @@ def leaf_parts(leaf: Any) -> dict[str, Any]:
     if not isinstance(leaf, QArray):
         return {"codes": leaf}
     return {"codes": leaf.codes} if leaf.scales is None else {"codes": leaf.codes, "scales": leaf.scales}
+
+
+def stored_as(leaf: Any) -> Stored:
+    """A leaf's format, as `params.resident` would name it."""
+    if not isinstance(leaf, QArray):
+        return Stored("i32" if leaf.dtype.name == "int32" else "f32")
+    scales = None if leaf.scales is None else "e8m0" if leaf.scales.dtype.itemsize == 1 else "f32"
+    name = "int8-block" if leaf.format == INT8 and leaf.block == INT8_BLOCK else leaf.format.name
+    return Stored(name, scales)
 
 
 def flatten(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:

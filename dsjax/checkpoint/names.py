@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsjax.checkpoint.integers import rename
 from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.config import Config, V4Config
 from dsjax.errors import InputError
@@ -105,7 +106,7 @@ def open_files(folder: Path, config: Config) -> Files:
     """The tensors of a checkpoint folder under the names that the table of parameters uses.
 
     Raises:
-      InputError: see `Files.open` and `official`.
+      InputError: see `Files.open`, `official` and `integers.rename`.
     """
     files = Files.open(folder)
-    return official(files) if isinstance(config, V4Config) else files
+    return rename(official(files) if isinstance(config, V4Config) else files, config)

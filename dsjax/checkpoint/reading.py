@@ -18,11 +18,13 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.checkpoint.agreement import check_values
+from dsjax.checkpoint.integers import OFFSET, as_bytes
 from dsjax.checkpoint.placing import Region
-from dsjax.checkpoint.resident import Source, fill, new_scales, pieces
+from dsjax.checkpoint.resident import Narrowed, Overflow, Source, fill, new_scales, pieces
 from dsjax.checkpoint.safetensors import Files
 from dsjax.config import Config
-from dsjax.params import INTEGER, Path, Row, Stored, matrix_shape, scale_grid
+from dsjax.errors import InputError
+from dsjax.params import INTEGER, INTEGERS, Path, Row, Stored, matrix_shape, scale_grid, table
 
 MAX_THREADS = 8
 """That read and check tensors side by side."""
@@ -53,7 +55,7 @@ def _size(part: Part) -> int:
 def _cast(raw: np.ndarray, dtype: np.dtype, row: Row, part: str) -> np.ndarray:
     """A tensor's elements, or scales, as they are held."""
     if dtype == np.float32 and raw.dtype != np.float32:
-        if part == "scales":  # E8M0, perhaps held as plain bytes
+        if part == "scales" and raw.dtype.itemsize == 1:  # E8M0, perhaps held as plain bytes
             raw = raw.view(_E8M0)
         return raw.astype(np.float32)
     return raw.astype(dtype) if row.storage == INTEGER else raw.view(dtype)
@@ -66,13 +68,16 @@ class Reader:
         self, files: Files, config: Config, stored: Mapping[Path, Stored], held: Mapping[Path, Stored]
     ) -> None:
         """`stored`: from `agreement.agree`; `held`: what `params.resident` makes of it, blocks perhaps finer."""
-        self._files = files
+        rows = {row.path: row for row in table(config)}
+        self._files = as_bytes(files, stored, rows)
+        self._own = self._files is not files
         self._config = config
         self._stored = stored
         self._held = held
         self._threads = min(MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._threads)
         self._sizes: dict[tuple[Path, str], np.ndarray] = {}
+        self._narrowed: list[Narrowed] = []
         self._new_scales: dict[str, np.ndarray] = {}  # of the present leaf's tensors; NaN where not yet known
 
     def __enter__(self) -> Self:
@@ -80,6 +85,13 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+        if self._own:
+            self._files.close()
+
+    @property
+    def narrowed(self) -> Narrowed:
+        """What became float16 so far."""
+        return sum(self._narrowed, Narrowed())
 
     def end_leaf(self) -> None:
         """Forgets what was kept for other regions of the same leaf."""
@@ -114,8 +126,20 @@ class Reader:
         if stored.scales is None:
             return {"codes": matrix}
         rows, columns = matrix
-        packed = _covering((columns,), (2,)) if stored.format == "e2m1" else (columns,)
-        return {"codes": (rows, *packed), "scales": _covering(matrix, stored.block)}
+        packed = _covering((columns,), (2,)) if stored.packed else (columns,)
+        return {"codes": (rows, *packed), "scales": _covering(matrix, self._stored_block(row))}
+
+    def _stored_block(self, row: Row) -> tuple[int, int]:
+        """Rows and channels that share a scale in the file."""
+        (bn, bk), (n, k) = self._stored[row.path].block, matrix_shape(row, self._config)
+        return bn or n, bk or k
+
+    def _channels(self, row: Row, codes: Part) -> Part:
+        """Rows and channels of a part of a matrix's codes as it is held."""
+        if not self._base(row).packed:
+            return codes
+        rows, columns = codes
+        return rows, slice(2 * columns.start, 2 * columns.stop)
 
     def needed(self, row: Row, part: str, region: Region) -> int:
         """Bytes of the files that a region of a leaf's codes or scales is made of.
@@ -128,7 +152,7 @@ class Reader:
         if self._base(row) == self._stored[row.path]:
             origin = {part: coarse}
         else:
-            origin = self._origin(row, inner if part == "codes" else self._matrix(row, coarse))
+            origin = self._origin(row, self._channels(row, inner) if part == "codes" else self._matrix(row, coarse))
         return sum(int(self._itemsizes(row, name)[stacked].sum()) * _size(found) for name, found in origin.items())
 
     def _itemsizes(self, row: Row, part: str) -> np.ndarray:
@@ -183,6 +207,8 @@ class Reader:
         raw = out if as_it_is else np.empty([s.stop - s.start for s in source], stored)
         self._files.read_part(name, source, raw)
         check_values(self._files, self._config, row, part, name, raw)
+        if part == "codes" and self._stored[row.path].format == "int4":
+            raw ^= OFFSET
         if not as_it_is:
             out[...] = _repeat(_cast(raw, out.dtype, row, part), inner, factors)
         return raw.nbytes
@@ -190,19 +216,26 @@ class Reader:
     def _convert(self, row: Row, part: str, name: str, inner: Part, out: np.ndarray) -> int:
         """Fills `out` with a part of one tensor in another format, or of its new scales."""
         base = self._base(row)
-        rows, columns = inner
         if part == "scales":
             blocks, factors = self._coarse(row, part, inner)
             scales, nbytes = self._scales(row, name, blocks)
             out[...] = _repeat(scales[blocks], inner, factors)
         elif base.scales is not None:
-            scales, nbytes = self._scales(row, name, _covering(inner, self._block(row)))
-            source, taken = self._source(row, name, inner)
-            fill(out, source, rows, columns, base, scales)
+            matrix = self._channels(row, inner)
+            scales, nbytes = self._scales(row, name, _covering(matrix, self._block(row)))
+            source, taken = self._source(row, name, matrix)
+            fill(out, source, matrix[0], matrix[1], base, scales)
             nbytes += taken
         else:
             source, nbytes = self._source(row, name, inner, check=True)
-            fill(out, source, rows, columns, base)
+            try:
+                self._narrowed.append(fill(out, source, inner[0], inner[1], base))
+            except Overflow as e:
+                tensor = self._files[name]
+                raise InputError(
+                    f"{tensor.path}: tensor {tensor.name}: expected values within float16's 65504, found {e}; "
+                    "--weights bfloat16 holds it"
+                ) from None
         self._files.release(name)
         return nbytes
 
@@ -241,4 +274,10 @@ class Reader:
         scales = views.get("scales")
         if scales is not None and scales.dtype == np.uint8:  # E8M0 as plain bytes
             scales = scales.view(_E8M0)
-        return Source(views["codes"], scales, stored.block, stored.format == "e2m1"), nbytes
+        integers = stored.format in INTEGERS
+        return Source(
+            views["codes"], scales, self._stored_block(row), stored.packed, integers, self._width(row)
+        ), nbytes
+
+    def _width(self, row: Row) -> int:
+        return matrix_shape(row, self._config)[-1]

@@ -161,7 +161,10 @@ def load_model(
       InputError: before anything is loaded if it cannot work, or cannot fit; see `load`.
     """
     many = arrange(options, config, numerics, batch, length)
-    config, params, _ = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=show_progress())
+    config, params, stats = load_onto(many, options.model, mtp=mtp, weights=options.weights, progress=show_progress())
+    if options.weights == "float16":
+        lost = stats.narrowed
+        note(f"float16: {lost.subnormal} values below 2^-14 keep fewer bits, {lost.flushed} became zero")
     return config, params, many
 
 

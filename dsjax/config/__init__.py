@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from dsjax.config import dense, v3, v4
 from dsjax.config.dense import DenseConfig, Llama3Rope
 from dsjax.config.fields import Fields, Quantization, Yarn, read_json_object, token_ids
+from dsjax.config.integers import IntegerQuantization
 from dsjax.config.v3 import Indexer, V3Config
 from dsjax.config.v4 import V4Config
 from dsjax.errors import InputError
@@ -23,6 +24,7 @@ __all__ = [
     "DenseConfig",
     "ExpertConfig",
     "Indexer",
+    "IntegerQuantization",
     "Llama3Rope",
     "Quantization",
     "V3Config",

@@ -107,10 +107,8 @@ def parse_yarn(section: Fields | None) -> Yarn | None:
     )
 
 
-def parse_quantization(fields: Fields, scale_fmts: tuple[str | None, ...] = (None, "ue8m0")) -> Quantization | None:
-    section = fields.section("quantization_config")
-    if section is None:
-        return None
+def parse_fp8(section: Fields, scale_fmts: tuple[str | None, ...]) -> Quantization:
+    """The quantization_config of an FP8 checkpoint."""
     section.choice("quant_method", ("fp8",))
     section.choice("fmt", ("e4m3",), default="e4m3")
     section.choice("activation_scheme", ("dynamic",), default="dynamic")

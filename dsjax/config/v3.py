@@ -12,10 +12,10 @@ from dsjax.config.fields import (
     Quantization,
     Yarn,
     field_token_ids,
-    parse_quantization,
     parse_rope_theta,
     parse_yarn,
 )
+from dsjax.config.integers import IntegerQuantization, parse_quantization
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 
@@ -72,7 +72,7 @@ class V3Config:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    quantization: Quantization | None
+    quantization: Quantization | IntegerQuantization | None
     indexer: Indexer | None
 
     tie_word_embeddings: ClassVar[bool] = False

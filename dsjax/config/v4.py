@@ -11,9 +11,9 @@ from dsjax.config.fields import (
     Quantization,
     Yarn,
     field_token_ids,
-    parse_quantization,
     parse_yarn,
 )
+from dsjax.config.integers import IntegerQuantization, parse_quantization
 
 MODEL_TYPE = "deepseek_v4"
 
@@ -73,7 +73,7 @@ class V4Config:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    quantization: Quantization | None
+    quantization: Quantization | IntegerQuantization | None
     expert_dtype: str | None
 
     tie_word_embeddings: ClassVar[bool] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.config import ExpertConfig
-from dsjax.numerics import Numerics, Rows
+from dsjax.numerics import Numerics, Operand, Rows
 from dsjax.params import Tree
-from quant import QArray, block_scaled_dot, expert_dot, experts_at_once, group_size, group_tokens, grouped_sum
+from quant import QArray, block_scaled_dot, group_size, group_tokens, grouped_sum
 from sharding import UNSPLIT, Rules, choose_dispatch, expert_parallel
 
 
@@ -62,10 +63,10 @@ class SwiGLU(nnx.Module):
 
     def partial_sum(self, x: Float[Array, "*batch D"], layer: Any) -> Float32[Array, "*batch D"]:
         """[..., D] -> float32 [..., D], this device's part of the sum over F."""
-        numerics, down = self.numerics, self.down[...]
+        numerics = self.numerics
         gate, up = (numerics.linear(x, w[...], (layer,)) for w in (self.gate, self.up))
         inner = swiglu(gate, up, numerics, self.limit)
-        return block_scaled_dot(numerics.operand(inner, down), down, (layer,), numerics.form)
+        return numerics.dot(inner, self.down[...], (layer,), partial(self.rules.largest, self.axis))
 
     def __call__(self, x: Float[Array, "*batch D"], layer: Any) -> Float[Array, "*batch D"]:
         """[..., D] -> [..., D]."""
@@ -85,13 +86,15 @@ class Experts(nnx.Module):
         self.config = config
         self.numerics = numerics
         self.whole = rules.ways("expert_ffn") == 1
+        self.largest = partial(rules.largest, "expert_ffn")
         self.gate = nnx.Param(params["gate"])
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
     def rows(self, x: Float[Array, "T D"]) -> Rows:
         """What experts take of every token, as it should travel to them: in native, with FP8 or FP4 experts, E4M3 codes
-        uint8 [T, D] and their float32 scales [T, D/128] (spec V3 4.2); else x."""
+        uint8 [T, D] and their float32 scales [T, D/128] (spec V3 4.2); INT8 codes and scales where experts are in
+        integers and activations too; else x."""
         return self.numerics.quantised(x, self.gate[...])
 
     def __call__(
@@ -142,17 +145,17 @@ class Experts(nnx.Module):
         operand = numerics.dequantised(rows)
         groups = group_tokens(choices, experts, present, group_size(assignments, experts, numerics.form))
 
-        def expert(rows: jax.Array, chosen: jax.Array, weight: jax.Array) -> jax.Array:
-            def dot(x: jax.Array, w: jax.Array | QArray, whole: bool = True) -> jax.Array:
-                out = expert_dot(x, w, chosen, (layer,), numerics.form)
+        def expert(rows: Operand, chosen: jax.Array, weight: jax.Array) -> jax.Array:
+            def dot(x: Operand, w: jax.Array | QArray, whole: bool = True) -> jax.Array:
+                out = numerics.expert_dot(x, w, chosen, (layer,))
                 return numerics.round(out) if whole else out
 
             weight = weight[..., None]
             inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight if early else None)
-            out = dot(numerics.operand(inner, down), down, self.whole)
+            out = dot(numerics.operand(inner, down, self.largest), down, self.whole)
             return out if early else out.astype(jnp.float32) * weight
 
-        at_once = experts_at_once(groups, (gate, up, down), operand.dtype, assignments, numerics.form)
+        at_once = numerics.experts_at_once(groups, (gate, up, down), operand, assignments)
         return grouped_sum(expert, operand, groups, at_once, weights)
 
 

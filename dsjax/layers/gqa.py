@@ -19,7 +19,6 @@ from dsjax.layers.attend import Call, attend, einsum, slice_queries
 from dsjax.layers.rope import rope_halves
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import block_scaled_dot
 from sharding import UNSPLIT, Rules
 
 
@@ -42,7 +41,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def _project(self, x: jax.Array, name: str, layer: Any) -> jax.Array:
         """[B, T, D] -> [B, T, heads, U], with its bias, rounded once."""
-        y = block_scaled_dot(x, getattr(self, name)[...], (layer,), self.numerics.form)
+        y = self.numerics.dot(x, getattr(self, name)[...], (layer,))
         if name in self.biases:
             y = y + self.biases[name][layer]
         return self.numerics.round(y).reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -88,5 +87,6 @@ class GroupedQueryAttention(nnx.Module):
         with jax.named_scope("attend"):
             out = numerics.round(attend(load, score, value, call, size, heads * q.shape[3], width, numerics))
         with jax.named_scope("output"):
-            out = numerics.linear(out.reshape(b, t, -1), self.o[...], (layer,), partial(self.rules.sum, "heads"))
+            total, largest = partial(self.rules.sum, "heads"), partial(self.rules.largest, "heads")
+            out = numerics.linear(out.reshape(b, t, -1), self.o[...], (layer,), total, largest)
         return out, dataclasses.replace(cache, rows=rows)

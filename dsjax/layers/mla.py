@@ -25,7 +25,7 @@ from dsjax.layers.rope import RopeTable, rope, rope_frequencies, rope_magnitude,
 from dsjax.layers.token_indexer import TokenIndexer
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
-from quant import QArray, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
+from quant import QArray, block_scaled_dot, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
 from quant.matmul import TILE_BYTES
 from sharding import UNSPLIT, Rules
 
@@ -153,7 +153,9 @@ def naive_attention(
 ) -> Float[Array, "B T H U"]:
     """Attention on keys and values expanded from the latents, a block at a time (spec V3 2.4).
 
-    Arguments and result as `absorbed_attention`; in native, kv_b is an FP8 product with quantised latents.
+    Arguments and result as `absorbed_attention`; in native, kv_b is an FP8 product with quantised latents. With INT8
+    activations the latents are not quantised, as they are not in the absorbed form, which deployed engines decode with:
+    the two are equal, and either may be chosen.
     """
     h, n = q_nope.shape[2:]
     c, u = config.kv_lora_rank, config.v_head_dim
@@ -163,7 +165,11 @@ def naive_attention(
     @jax.named_scope("expand")
     def load(j: Any) -> tuple[jax.Array, jax.Array]:
         rows = latents(j)
-        kv = numerics.linear(rows[..., :c], kv_b, (layer,)).reshape(*rows.shape[:2], h, n + u)
+        if numerics.native:
+            kv = numerics.linear(rows[..., :c], kv_b, (layer,))
+        else:
+            kv = numerics.round(block_scaled_dot(rows[..., :c], kv_b, (layer,), numerics.form))
+        kv = kv.reshape(*rows.shape[:2], h, n + u)
         k_rope = jnp.broadcast_to(rows[:, :, None, c:], (*kv.shape[:-1], rows.shape[-1] - c))
         return jnp.concatenate([kv[..., :n], k_rope], axis=-1), kv[..., n:]
 
@@ -279,7 +285,8 @@ class Attention(nnx.Module):
                 out = lax.cond(filled.max() <= config.indexer.topk, dense, sparse)
         with jax.named_scope("output"):
             out = out.reshape(*x.shape[:2], -1)
-            return numerics.linear(out, self.o[...], (index,), partial(self.rules.sum, "heads")), cache
+            total, largest = partial(self.rules.sum, "heads"), partial(self.rules.largest, "heads")
+            return numerics.linear(out, self.o[...], (index,), total, largest), cache
 
     def _chosen(
         self,

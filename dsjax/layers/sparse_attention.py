@@ -121,7 +121,7 @@ def grouped_output(
 
     Args:
       out: [B, T, H, U], its rotation undone.
-      o_a: stack of [G O, J U]; its input is not quantised in native.
+      o_a: stack of [G O, J U]; its input is not quantised, neither in native nor to INT8.
       o_b: stack of [D, G O].
       layer: index into the stacks.
       rules: o_a is split over "o_groups" and "group_heads", o_b over "o_low".
@@ -134,7 +134,7 @@ def grouped_output(
     low = batched_dot(jnp.moveaxis(out, 1, 0), split_rows(o_a, groups), (layer,), numerics.form)
     low = scatter_sum(low, rules.axes("group_heads"), dim=2)
     low = numerics.round(jnp.moveaxis(low, 0, 1)).reshape(b, t, -1)
-    return numerics.linear(low, o_b, (layer,), partial(rules.sum, "o_low"))
+    return numerics.linear(low, o_b, (layer,), partial(rules.sum, "o_low"), partial(rules.largest, "o_low"))
 
 
 class SparseAttention:

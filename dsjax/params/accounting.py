@@ -21,7 +21,8 @@ def _stored_bytes(row: Row, config: Config) -> int:
     stored, shape = official_storage(row, config), leaf_shape(row, config)
     if stored.scales is not None:
         scales = math.prod(scale_grid(shape, stored.block)) * (1 if stored.scales == "e8m0" else 4)
-        return math.prod(shape) // (2 if stored.format == "e2m1" else 1) + scales
+        shapes = 16 * math.prod(row.stacking) if stored.format == "int4" else 0  # weight_shape, beside packed codes
+        return math.prod(shape) // (2 if stored.packed else 1) + scales + shapes
     # Ids are int64 in the files.
     return math.prod(shape) * {"i32": 8, "f32": 4}.get(stored.format, 2)
 

@@ -52,7 +52,8 @@ _BIASES: tuple[_Spec, ...] = (
 def _layer_rows(config: DenseConfig) -> Iterator[Row]:
     layers = tuple(range(config.num_hidden_layers))
     for path, dims, axes, storage, name in _LAYER + (_BIASES if config.qkv_bias else ()):
-        yield Row(("layers", *path.split(".")), dims, axes, storage, "model.layers.{layer}." + name, layers)
+        where = ("layers", *path.split("."))
+        yield Row(where, dims, axes, storage, "model.layers.{layer}." + name, layers, narrow=storage == LINEAR)
 
 
 def rows(config: DenseConfig) -> tuple[Row, ...]:

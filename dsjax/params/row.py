@@ -33,6 +33,7 @@ class Row:
       layers: checkpoint layer numbers it is stacked over; empty if it stands alone.
       experts: number of experts it is stacked over; 0 if none.
       scale_suffix: (what the tensor's name loses, what it gets instead) in the name of its scales.
+      narrow: held in INT4 by `--weights w4a8`, as routed experts are.
       copy_of: the path of the parameter that the checkpoint repeats here; such a row is checked, not loaded.
     """
 
@@ -45,6 +46,12 @@ class Row:
     experts: int = 0
     scale_suffix: tuple[str, str] = ("", "_scale_inv")
     copy_of: Path | None = None
+    narrow: bool = False
+
+    @property
+    def module(self) -> str:
+        """What a config calls the first of the row's tensors: its name without `.weight`."""
+        return self.tensor_name((0,) * len(self.stacking)).removesuffix(".weight")
 
     @property
     def stacking(self) -> tuple[int, ...]:

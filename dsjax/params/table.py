@@ -16,17 +16,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.config import Config, DenseConfig, V4Config
+from dsjax.config import Config, DenseConfig, IntegerQuantization, V4Config
 from dsjax.errors import InputError
+from dsjax.numerics import INT8_ACTIVATIONS
 from dsjax.params import dense, v3, v4
 from dsjax.params.row import EXPERT, FLOAT32, INTEGER, LINEAR, VECTOR, Path, Row, Tree
-from quant import BF16, E2M1, E4M3, F16, INT8, WHOLE, QArray
+from quant import BF16, E2M1, E4M3, F16, INT4, INT8, WHOLE, QArray
 
 FP8_BLOCK = (128, 128)
 """Rows and channels that share a scale of an E4M3 matrix (weight_block_size)."""
 
 FP4_BLOCK = (1, 32)
 """The same of an E2M1 matrix (spec V4 3.1)."""
+
+INT8_BLOCK = (128, 128)
+"""The same of an INT8 matrix that has no scale per row (spec V3 6.4)."""
+
+INT4_BLOCK = (1, 128)
+"""The same of an INT4 matrix."""
+
+_BLOCKS = {"e4m3": FP8_BLOCK, "e2m1": FP4_BLOCK, "int8-block": INT8_BLOCK, "int4": INT4_BLOCK}
+
+INTEGERS = ("int8", "int8-block", "int4")
+"""Formats of `Stored` that INT8 activations are multiplied with."""
 
 
 def _family(config: Config) -> ModuleType:
@@ -76,9 +88,9 @@ class Stored:
     """How a row's tensors are stored in a checkpoint, or held in memory.
 
     Attributes:
-      format: "e4m3", "e2m1", "bf16", "f16", "f32" or "i32" (ids, of any integer type in the file); in memory also
-        "int8".
-      scales: for e4m3 and e2m1: "f32" or "e8m0", per block; for int8: "f32", one per matrix row.
+      format: "e4m3", "e2m1", "bf16", "f16", "f32", "i32" (ids, of any integer type in the file), or one of `INTEGERS`.
+      scales: for e4m3 and e2m1: "f32" or "e8m0", per block; for integers: "f32" (in files also narrower floats), one
+        per matrix row for int8, else per block.
       finer: in memory, blocks that divide the format's own, so that no shard cuts one.
     """
 
@@ -89,11 +101,16 @@ class Stored:
     @property
     def block(self) -> tuple[int, int]:
         """Rows and channels that share a scale; WHOLE spans an axis."""
-        return self.finer or {"e4m3": FP8_BLOCK, "e2m1": FP4_BLOCK, "int8": (1, WHOLE)}.get(self.format, (1, WHOLE))
+        return self.finer or _BLOCKS.get(self.format, (1, WHOLE))
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.format in ("e2m1", "int4")
 
 
 def official_storage(row: Row, config: Config) -> Stored:
-    """The storage DeepSeek publishes (spec V3 3.2, V4 3.1).
+    """The storage DeepSeek publishes (spec V3 3.2, V4 3.1), or what a config says of integers.
 
     Where the model is quantised, E4M3 for linear layers, with float32 scales (V3) or E8M0 ones (V4, unless its config
     asks for scales that are no powers of two), whose experts are E2M1 where the config says so. Norms and other
@@ -101,7 +118,11 @@ def official_storage(row: Row, config: Config) -> Stored:
     """
     if row.storage == INTEGER:
         return Stored("i32")
-    if row.storage in (LINEAR, EXPERT) and config.quantization is not None:
+    if isinstance(config.quantization, IntegerQuantization):
+        found = config.quantization.format_of(row.module) if row.storage in (LINEAR, EXPERT) else None
+        if found is not None:
+            return Stored(found, "f32")
+    elif row.storage in (LINEAR, EXPERT) and config.quantization is not None:
         if not isinstance(config, V4Config):
             return Stored("e4m3", "f32")
         scales = "f32" if config.quantization.scale_fmt == "float" else "e8m0"
@@ -109,7 +130,7 @@ def official_storage(row: Row, config: Config) -> Stored:
     return Stored("f32" if row.storage == FLOAT32 or row.path[-1] == "bias" else "bf16")
 
 
-WEIGHTS = ("stored", "float32", "bfloat16", "fp8", "int8")
+WEIGHTS = ("stored", "float32", "bfloat16", "float16", "fp8", "int8", "w8a8", "w4a8")
 """What weights may be held as; chosen when they are loaded."""
 
 # Not held as INT8: the embedding, whose rows are looked up, and the router, whose rounding would change who is chosen.
@@ -121,7 +142,10 @@ def resident(row: Row, stored: Stored, weights: str = "stored") -> Stored:
     """How a row is held in memory. What it equals in `stored` is not converted.
 
     Vectors are float32 always, ids int32. "fp8" and "int8" are weight-only: E4M3 with a float32 scale per 128 x 128
-    block for what DeepSeek quantises and the file does not, INT8 with one scale per output channel.
+    block for what DeepSeek quantises and the file does not, INT8 with one scale per output channel. "w8a8" is INT8
+    likewise, but of what DeepSeek quantises alone, the head left out; "w4a8" has INT4 with a scale per 128 channels
+    for routed experts (for all linear layers where there are none) and is "w8a8" for the rest. What a file has in
+    integers stays as it is, but for INT8 where INT4 is asked for.
 
     Args:
       row: of the table.
@@ -137,9 +161,14 @@ def resident(row: Row, stored: Stored, weights: str = "stored") -> Stored:
         return stored
     if weights == "fp8":
         return Stored("e4m3", "f32") if row.storage in (LINEAR, EXPERT) and stored.scales is None else stored
-    if weights == "int8":
-        return stored if any(name in row.path for name in _NEVER_INT8) else Stored("int8", "f32")
-    return Stored({"float32": "f32", "bfloat16": "bf16"}[weights])
+    kept = any(name in row.path for name in _NEVER_INT8)
+    if weights in INT8_ACTIVATIONS:
+        kept = kept or row.storage not in (LINEAR, EXPERT)
+        if weights == "w4a8" and not kept and (row.experts or row.narrow):
+            return Stored("int4", "f32")
+    if weights in ("int8", *INT8_ACTIVATIONS):
+        return stored if kept or stored.format in INTEGERS else Stored("int8", "f32")
+    return Stored({"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[weights])
 
 
 def scale_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -154,7 +183,7 @@ def abstract_leaf(row: Row, config: Config, stored: Stored) -> Any:
     if stored.format == "i32":
         return jax.ShapeDtypeStruct(shape, jnp.int32)
     if stored.scales is not None:
-        fmt = {"int8": INT8, "e4m3": E4M3, "e2m1": E2M1}[stored.format]
+        fmt = {"int8": INT8, "int8-block": INT8, "int4": INT4, "e4m3": E4M3, "e2m1": E2M1}[stored.format]
         scale_dtype = jnp.uint8 if stored.scales == "e8m0" else jnp.float32
         scales = jax.ShapeDtypeStruct(scale_grid(shape, stored.block), scale_dtype)
         *lead, k = shape

@@ -12,6 +12,7 @@ import jax
 
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree
+from dsjax.checkpoint.manifest import stored_as
 from dsjax.checkpoint.names import open_files
 from dsjax.config import Config, load_config
 from dsjax.layout import Layout
@@ -52,18 +53,11 @@ def _cut(layout: Layout, config: Config, row: Row, held: Stored) -> Stored:
 def _stored_in(folder: FilePath, config: Config) -> Mapping[Path, Stored] | None:
     """How a folder's tensors are stored; None where it holds a config only."""
     if orbax.is_converted(folder):
-        return {path: _stored_as(leaf) for path, leaf in orbax.Converted(folder, config).leaves.items()}
+        return {path: stored_as(leaf) for path, leaf in orbax.Converted(folder, config).leaves.items()}
     if not any(folder.glob("*.safetensors*")):
         return None
     with open_files(folder, config) as files:
         return agree(files, config)
-
-
-def _stored_as(leaf: Any) -> Stored:
-    if not isinstance(leaf, QArray):
-        return Stored("i32" if leaf.dtype.name == "int32" else "f32")
-    scales = None if leaf.scales is None else "e8m0" if leaf.scales.dtype.itemsize == 1 else "f32"
-    return Stored(leaf.format.name, scales)
 
 
 def load_model(name: str, numerics: Numerics, weights: str = "stored") -> Model:

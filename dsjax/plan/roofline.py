@@ -104,6 +104,8 @@ def _element(row: Row, leaf: QArray | object, placement: Placement) -> str:
     """The element type that a product with this leaf is made in."""
     numerics = placement.numerics
     codes = isinstance(leaf, QArray) and leaf.format in (E4M3, E2M1)
+    if isinstance(leaf, QArray) and numerics.integers(leaf) and row.path[-1] not in ("o_a", "kv_b"):
+        return "int8"
     if numerics.native and codes and row.path[-1] != "o_a":  # whose weights are decoded first (spec V4 2.3)
         return "fp8"
     return "fp32" if numerics.dtype == "float32" else "bf16"
@@ -231,8 +233,9 @@ def lacking(chip: Chip, placement: Placement) -> list[str]:
 
 
 def _rate(chip: Chip, element: str) -> float | None:
-    """Operations per second: bfloat16 at float16's rate where only that is known, FP8 at theirs where it has none."""
-    for name in {"fp8": ("fp8", "bf16", "fp16"), "bf16": ("bf16", "fp16")}.get(element, (element,)):
+    """Operations a second: bfloat16 at float16's rate where only that is known, FP8 and INT8 at theirs if need be."""
+    floats = ("bf16", "fp16")
+    for name in {"fp8": ("fp8", *floats), "int8": ("int8", *floats), "bf16": floats}.get(element, (element,)):
         if name in chip.flops:
             return chip.flops[name]
     return None

@@ -103,7 +103,13 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 def _layouts(model: Model, count: int, attention: str | None) -> Iterator[Layout]:
     for kind in (attention,) if attention else ATTENTION:
         for plan in working_plans(model.config, count, kind, model.numerics):
-            yield layout(model.config, plan, kind, model.numerics)
+            placed = layout(model.config, plan, kind, model.numerics)
+            try:
+                if model.numerics.activations != "float":  # INT4, two channels a byte, may not be cut as others are
+                    model.params(placed)
+            except InputError:
+                continue
+            yield placed
 
 
 def candidates(

@@ -2,8 +2,8 @@
 
 The list follows the layers as they are written: a sum after each product whose inner width is split (float32), the
 embedding's rows and the last hidden vectors where the vocabulary is split, and tokens on their way to routed experts
-and back where cards that share the experts have other tokens. Ids, counts and drawn candidates are left out: they are
-few.
+and back where cards that share the experts have other tokens. Ids, counts, drawn candidates and, with INT8 activations,
+the maxima of split rows are left out: they are few.
 """
 
 from __future__ import annotations
