@@ -60,16 +60,21 @@ def _ignored(name: str, config: Config, block_draft: bool) -> bool:
 def _types(row: Row, config: Config) -> Mapping[np.dtype, str]:
     """Types that the row's tensors may have, and the format that each stands for.
 
-    V3's config says whether a model is quantised. Of V4 there are files with less in their config than in their
-    tensors, so the tensors decide.
+    V3's config says whether a model is quantised, though not every matrix need be. Of V4 there are files with less in
+    their config than in their tensors, so the tensors decide.
     """
     if row.storage == INTEGER:
         return _INTEGERS
     if not isinstance(config, V4Config):
-        return _FP8 if row.storage == LINEAR and config.quantization is not None else _FLOATS
+        return _FP8 | _FLOATS if row.storage == LINEAR and config.quantization is not None else _FLOATS
     if row.storage == EXPERT:
         return _FP4 | _FP8 | _FLOATS
     return _FP8 | _FLOATS if row.storage == LINEAR else _FLOATS
+
+
+def tensor_format(row: Row, dtype: np.dtype, config: Config) -> str:
+    """Name of the format of a row's tensor of this type, after `agree` has let it pass."""
+    return _types(row, config)[dtype]
 
 
 def _names(dtypes: Mapping[np.dtype, str]) -> str:
