@@ -130,6 +130,11 @@ def _agree_row(files: Files, row: Row, config: Config) -> tuple[Stored, set[str]
             raise InputError(
                 f"{files[name].path}: tensor {_called(files, name)}: expected {first} as in {like}, found {other}"
             )
+        if fmt in _FLOATS.values() and row.storage in (LINEAR, EXPERT) and row.scale_name(name) in files:
+            raise InputError(
+                f"{files[name].path}: tensor {_called(files, name)}: expected {_names(_FP8)}, "
+                f"for which there are scales {row.scale_name(name)}, found {files[name].dtype.name}"
+            )
         if fmt in ("e4m3", "e2m1"):
             scale = row.scale_name(name)
             scales.add(_expect(files, scale, scale_grid(shape, Stored(fmt).block), _SCALES))

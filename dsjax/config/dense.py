@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from dsjax.config.fields import Fields, Quantization, field_token_ids, parse_rope_theta
+from dsjax.config.fields import Fields, Quantization, field_token_ids, parse_quantization, parse_rope_theta
 
 MODEL_TYPES = ("qwen2", "llama")
 
@@ -27,6 +27,7 @@ class DenseConfig:
     Attributes:
       qkv_bias: whether queries, keys and values have biases: Qwen2's do.
       tie_word_embeddings: whether the head is the embedding.
+      quantization: of a converted model; the distills are published in BF16.
     """
 
     model_type: str
@@ -45,8 +46,8 @@ class DenseConfig:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
 
-    quantization: ClassVar[Quantization | None] = None
     num_nextn_predict_layers: ClassVar[int] = 0
     num_experts_per_tok: ClassVar[int] = 0
     n_routed_experts: ClassVar[int] = 0
@@ -91,7 +92,6 @@ def parse_dense(data: dict[str, Any], where: str) -> DenseConfig:
         ("attention_bias", False),  # Llama's; Qwen2's biases are not an option
         ("mlp_bias", False),
         ("use_sliding_window", False),
-        ("quantization_config", None),
     ):
         fields.choice(name, (value,), default=value)
     kinds = data.get("layer_types") or []
@@ -119,6 +119,7 @@ def parse_dense(data: dict[str, Any], where: str) -> DenseConfig:
         max_position_embeddings=fields.integer("max_position_embeddings", default=131072),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=field_token_ids(fields, "eos_token_id", vocab_size),
+        quantization=parse_quantization(fields),
     )
     if config.head_dim % 2:
         raise fields.fail("head_dim", "an even number")

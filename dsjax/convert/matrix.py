@@ -109,7 +109,7 @@ def _choose(
 
 
 def _ratios(source: Source, wrong: np.ndarray, columns: slice, rows: int) -> Counter[int]:
-    """Of each 128 x 128 block that is not exact: log2 of the ratio of the scales of its groups that are not all zero."""
+    """Of each block that is not exact: log2 of the ratio of the scales of its groups that are not all zeros."""
     assert source.scales is not None
     found: Counter[int] = Counter()
     width = FP8_BLOCK[1]
