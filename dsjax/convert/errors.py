@@ -25,7 +25,7 @@ class Errors:
       different: of values that are not the same, bit for bit.
       max_abs, max_rel: largest |new - old|, and of that over |old| where that is not zero.
       sum_abs, sum_squares: of |new - old|, of its square.
-      norm_squares: of old values' squares.
+      norm_squares: of old values' squares, but for so many `unmeasured` values, in parts that are exact.
       saturated: values beyond the target's range.
       flushed: values other than zero that became zero.
       small: values that differ and are smaller than the target's smallest normal number (times the scale).
@@ -42,6 +42,7 @@ class Errors:
     sum_abs: float = 0.0
     sum_squares: float = 0.0
     norm_squares: float = 0.0
+    unmeasured: int = 0
     saturated: int = 0
     flushed: int = 0
     small: int = 0
@@ -110,9 +111,11 @@ def compare(
       scales: that broadcast against them, of `new`.
       saturated: values that lay beyond the target's range.
     """
-    found = Errors(count=old.size, norm_squares=_squares(old))
+    found = Errors(count=old.size)
     if np.array_equal(old.view(np.uint32), new.view(np.uint32)):
+        found.unmeasured = old.size
         return found, None
+    found.norm_squares = squares(old)
     differ = old.view(np.uint32) != new.view(np.uint32)
     found.different = int(np.count_nonzero(differ))
     found.saturated = saturated
@@ -133,9 +136,6 @@ def compare(
     return found, differ
 
 
-def _squares(values: np.ndarray) -> float:
-    """Sum of squares, in float32 unless that is too narrow."""
-    total = float(np.einsum("ij,ij->", values, values))
-    if 1e-25 < total < 1e35:
-        return total
+def squares(values: np.ndarray) -> float:
+    """Sum of squares, in float64."""
     return float(np.square(values.astype(np.float64)).sum())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -24,13 +25,17 @@ from dsjax.convert.encode import (
     stored,
 )
 from dsjax.convert.errors import Errors, compare
+from dsjax.convert.tables import convert_by_table
 from dsjax.convert.targets import PER_WORD, Encoding
 from dsjax.params import FP8_BLOCK
 
 STRIP = 128
 """Rows of a strip: those of a block."""
 
-_PIECE_COLUMNS = 512
+_PIECE_COLUMNS = 512  # 256 KB of values; with four times as many, memory for temporaries is fetched anew each time
+
+_WIDE = 1e35
+"""Scales above this may have products that float32 does not hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +130,15 @@ def _ratios(source: Source, wrong: np.ndarray, columns: slice, rows: int) -> Cou
     return found
 
 
-def _pieces(width: int, encoding: Encoding) -> list[slice]:
-    step = width if encoding.scales and not encoding.block[1] else _PIECE_COLUMNS
-    return [slice(i, min(i + step, width)) for i in range(0, width, step)]
+def _pieces(shape: tuple[int, int], encoding: Encoding) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns that are converted together: whole blocks."""
+    r, k = shape
+    rows, columns = r, _PIECE_COLUMNS
+    if encoding.scales and not encoding.block[1]:  # whole rows, which share nothing
+        rows, columns = max(1, STRIP * _PIECE_COLUMNS // k), k
+    for i in range(0, r, rows):
+        for j in range(0, k, columns):
+            yield slice(i, min(i + rows, r)), slice(j, min(j + columns, k))
 
 
 def convert_strip(source: Source, origin: Origin, encoding: Encoding) -> Strip:
@@ -136,34 +147,37 @@ def convert_strip(source: Source, origin: Origin, encoding: Encoding) -> Strip:
     Raises:
       ValueError: if a value is not finite.
     """
+    if (found := convert_by_table(source, encoding, origin.scales)) is not None:
+        return Strip(*found)
     r, k = source.shape
     codes = np.empty(encoding.codes_shape((r, k)), encoding.codes[0])
     grid = encoding.grid((r, k))
     scales = np.empty(grid, encoding.scale_dtype) if encoding.scales else None
     total = Errors()
+    wide = source.scales is not None and float(np.abs(source.scales.astype(np.float32)).max()) > _WIDE
     per_code = {"e2m1": 2, "int4": PER_WORD}.get(encoding.element, 1)
-    for columns in _pieces(k, encoding):
+    for rows, columns in _pieces((r, k), encoding):
         with np.errstate(over="ignore"):
-            values = np.ascontiguousarray(source.values(slice(0, r), columns))
-        into = codes[:, columns.start // per_code : -(-columns.stop // per_code)]
+            values = np.ascontiguousarray(source.values(rows, columns))
+        if wide and not np.isfinite(values).all():
+            raise ValueError("a product of code and scale beyond float32's range")
+        into = codes[rows, columns.start // per_code : -(-columns.stop // per_code)]
         if encoding.scales is None:
             raw, saturated = encode(values, None, encoding)
             errors, differ = compare(values, decode(raw, None, encoding.element), encoding, None, saturated)
         else:
             assert scales is not None
-            bk = encoding.block[1] or k
-            blocks = slice(columns.start // bk, -(-columns.stop // bk))
-            old = None if origin.scales is None else origin.scales[:, blocks]
+            bn, bk = encoding.block[0], encoding.block[1] or k
+            blocks = slice(rows.start // bn, -(-rows.stop // bn)), slice(columns.start // bk, -(-columns.stop // bk))
+            old = None if origin.scales is None else origin.scales[blocks]
             raw, chosen, decoded, saturated = _choose(values, origin, encoding, old)
-            scales[:, blocks] = scale_elements(chosen, encoding)
-            spread = expand(chosen, encoding.block, (r, values.shape[1]))
+            scales[blocks] = scale_elements(chosen, encoding)
+            spread = expand(chosen, encoding.block, (values.shape[0], values.shape[1]))
             errors, differ = compare(values, decoded, encoding, spread, saturated)
             errors.blocks = chosen.size
             if old is not None:
                 errors.carried = int(np.count_nonzero(old == chosen))
         into[...] = stored(raw, encoding)
-        if not np.isfinite(errors.norm_squares):
-            raise ValueError("a value that is not finite in float32")
         if differ is not None:
             explain(errors, source, encoding, differ, columns)
         total.add(errors)
@@ -174,7 +188,7 @@ def explain(errors: Errors, source: Source, encoding: Encoding, differ: np.ndarr
     """Notes what of the old scales explains that values differ."""
     if source.scales is None:
         return
-    r = source.shape[0]
+    r = differ.shape[0]
     wrong = _block_any(differ, FP8_BLOCK, (r, differ.shape[1]))[0]
     if source.packed:
         if encoding.element == "e4m3":

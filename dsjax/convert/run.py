@@ -21,6 +21,7 @@ from dsjax.checkpoint.safetensors_writer import Spec
 from dsjax.config import V4Config, load_config, parse_config, read_json_object
 from dsjax.convert.certificate import CERTIFICATE, certificate, entry, options_of, part_bytes
 from dsjax.convert.config import rewritten
+from dsjax.convert.errors import Errors
 from dsjax.convert.hashing import hash_file
 from dsjax.convert.plan import CARRIED, Job, Options, Plan, make_plan
 from dsjax.convert.shard import ShardWriter
@@ -186,10 +187,10 @@ class _Conversion:
             pending: Future[None] | None = None
             try:
                 for i in todo:
-                    errors = self._convert(i, bar)
+                    errors, finish = self._convert(i, bar)
                     if pending is not None:
                         pending.result()
-                    pending = finisher.submit(self._record, i, errors)
+                    pending = finisher.submit(self._record, i, errors, finish)
                 if pending is not None:
                     pending.result()
                 hashing.result()
@@ -199,7 +200,8 @@ class _Conversion:
 
     _stop = False
 
-    def _convert(self, i: int, bar: Any) -> list[list[Any]]:
+    def _convert(self, i: int, bar: Any) -> tuple[list[list[Errors]], Callable[[], None]]:
+        """Writes a shard, which `finish`, given back, then makes appear."""
         jobs, space = self._plan.shards[i], self._space
 
         def wrote(count: int) -> None:
@@ -210,13 +212,13 @@ class _Conversion:
         name = self._plan.shard_name(i)
         if any(job.carried for job in jobs):
             space.put_file(space.result / CARRIED / name, writer.carried)
-        errors: list[list[Any]] = space.put_file(
+        return space.grow(
             space.result / name, lambda descriptor, path: writer.write(descriptor, path, self._share.threads)
         )
-        return errors
 
-    def _record(self, i: int, errors: list[list[Any]]) -> None:
-        """Hashes what has been written, and notes that the shard is finished."""
+    def _record(self, i: int, errors: list[list[Errors]], finish: Callable[[], None]) -> None:
+        """Waits until the shard is on the disk, hashes it, and notes that it is finished; the next is made meanwhile."""
+        finish()
         jobs, name, space = self._plan.shards[i], self._plan.shard_name(i), self._space
         hashed = {name: hash_file(space.result / name, read_tensors(space.result / name))}
         if any(job.carried for job in jobs):

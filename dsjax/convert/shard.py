@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dsjax.checkpoint.resident import Source
 from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
 from dsjax.config import Config
-from dsjax.convert.errors import Errors
+from dsjax.convert.errors import Errors, squares
 from dsjax.convert.matrix import STRIP, Origin, convert_strip
 from dsjax.convert.plan import Job, Part, Plan
 from dsjax.convert.targets import Encoding
@@ -25,6 +25,7 @@ from dsjax.errors import InputError
 
 _TASK_VALUES = 1 << 22
 _TASK_BYTES = 1 << 23
+_FLUSH_BYTES = 1 << 28
 
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
@@ -71,6 +72,17 @@ class Matrix:
         return Source(elements, scales, (bn, bk), part.element == "e2m1")
 
 
+def measured(matrix: Matrix, errors: Errors) -> Errors:
+    """Errors with the norm of the whole matrix, of which exact parts were not measured while nothing asked for it."""
+    if not errors.exact and errors.unmeasured:
+        total = 0.0
+        for rows in strips(matrix.part):
+            values = matrix.strip(rows).values(slice(0, rows.stop - rows.start), slice(0, matrix.part.shape[1]))
+            total += squares(values)
+        errors.norm_squares, errors.unmeasured = total, 0
+    return errors
+
+
 def strips(part: Part) -> Iterator[slice]:
     """Rows of a matrix that are converted together."""
     n, _ = part.shape
@@ -103,9 +115,12 @@ def _read_scales(plan: Plan, part: Part, origin: Tensor, first: int, last: int) 
 
 
 class _File:
-    """A file that is filled in any order."""
+    """A file that is filled in any order, and flushed to the disk on the way: else the disk would idle first."""
 
     def __init__(self, descriptor: int, path: Path, specs: list[Spec]) -> None:
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
         header, self._offsets = plan_layout(specs)
         self.nbytes = len(header) + sum(spec.nbytes for spec in specs)
         self._descriptor, self._path = descriptor, path
@@ -121,6 +136,14 @@ class _File:
             except OSError as e:
                 raise InputError(f"{self._path}: tensor {name}: cannot be written: {e.strerror}") from None
             rest, offset = rest[count:], offset + count
+            self._unflushed += count
+        if self._unflushed > _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._unflushed = 0
+            self._flushing = self._flusher.submit(os.fdatasync, self._descriptor)
+
+    def settle(self) -> None:
+        """Ends what is going on beside the writing; errors of the disk come up again when the file is flushed whole."""
+        self._flusher.shutdown()
 
     def put(self, spec: Spec, start: int, array: np.ndarray) -> int:
         """Writes at a byte of a tensor; returns how many bytes it was."""
@@ -174,7 +197,14 @@ class ShardWriter:
                 self._wrote(self._rest(file, job))
         finally:
             pool.shutdown(cancel_futures=True)
-        return [[_joined(part) for part in job] for job in found]
+            file.settle()
+        return [
+            [self._measured(part, _joined(errors)) for part, errors in zip(job.parts, row, strict=True)]
+            for job, row in zip(self._jobs, found, strict=True)
+        ]
+
+    def _measured(self, part: Part, errors: Errors) -> Errors:
+        return measured(Matrix(self._plan.files, self._config, part), errors)
 
     def _rest(self, file: _File, job: Job) -> int:
         """What no matrix makes: the shape of INT4 codes, the scales of what is kept."""
@@ -202,6 +232,7 @@ class ShardWriter:
                 assert origin is not None and job.carried is not None
                 scales = _read_scales(self._plan, part, origin, 0, origin.shape[0])
                 start += file.put(job.carried, start, scales)
+        file.settle()
 
     def _run(self, file: _File, task: _Task) -> Errors:
         job = self._jobs[task.job]

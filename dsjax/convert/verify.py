@@ -21,7 +21,7 @@ from dsjax.convert.errors import Errors, compare
 from dsjax.convert.hashing import hash_file
 from dsjax.convert.matrix import explain
 from dsjax.convert.plan import Job, Options, make_plan
-from dsjax.convert.shard import Matrix, strips
+from dsjax.convert.shard import Matrix, measured, strips
 from dsjax.convert.targets import TARGETS, Encoding
 from dsjax.errors import InputError
 
@@ -51,7 +51,7 @@ def _hash_problems(folder: Path, section: dict[str, Any], what: str) -> Iterator
     for name, wanted in section["files"].items():
         path = folder / name
         if not path.is_file():
-            yield f"{path}: expected a file of {wanted['bytes']} bytes, found none"
+            yield f"{path}: expected a file of the {what}, of {wanted['bytes']} bytes, found none"
             continue
         try:
             tensors = read_tensors(path) if name.endswith(".safetensors") and "/" not in name else []
@@ -119,7 +119,7 @@ def _errors(result: _Result, source: Files, config: Config, job: Job, place: int
         if differ is not None:
             explain(errors, strip, job.encoding, differ, slice(0, part.shape[1]))
         total.add(errors)
-    return total
+    return measured(matrix, total)
 
 
 def _kept_problem(result: _Result, source: Files, job: Job, place: int) -> bool:

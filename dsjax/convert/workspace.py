@@ -93,8 +93,11 @@ class Workspace:
 
     # --- files ---
 
-    def put_file(self, path: Path, fill: Callable[[int, Path], Any]) -> Any:
-        """Lets `fill` write a file (descriptor, name for messages), and makes it appear whole; gives what it returns.
+    def grow(self, path: Path, fill: Callable[[int, Path], Any]) -> tuple[Any, Callable[[], None]]:
+        """Lets `fill` write a file (descriptor, name for messages).
+
+        Returns:
+          What `fill` returns, and what makes the file appear, whole; it waits for the disk, on any thread.
 
         Raises:
           InputError: if another process writes the same file, or it cannot be written; then it is gone.
@@ -102,24 +105,42 @@ class Workspace:
         temporary = self.state / (path.name + ".tmp")
         with os_errors(path):
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
+
+            def settle(step: Callable[[], Any], last: bool) -> Any:
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(f"{temporary}: expected no other process to write it, found one") from None
-                try:
-                    answer = fill(descriptor, path)
-                    os.fsync(descriptor)
-                    path.parent.mkdir(exist_ok=True)
-                    os.replace(temporary, path)
+                    answer = step()
                 except BaseException:
                     with suppress(OSError):
                         temporary.unlink()
+                    last = True
                     raise
-            finally:
+                finally:
+                    if last:
+                        os.close(descriptor)
+                return answer
+
+            def commit() -> None:
+                os.fsync(descriptor)
+                path.parent.mkdir(exist_ok=True)
+                os.replace(temporary, path)
+                _flush_folder(path.parent)
+
+            def finish() -> None:
+                with os_errors(path):
+                    settle(commit, last=True)
+
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 os.close(descriptor)
-            _flush_folder(path.parent)
-            return answer
+                raise InputError(f"{temporary}: expected no other process to write it, found one") from None
+            return settle(lambda: fill(descriptor, path), last=False), finish
+
+    def put_file(self, path: Path, fill: Callable[[int, Path], Any]) -> Any:
+        """The same, and makes the file appear at once."""
+        answer, finish = self.grow(path, fill)
+        finish()
+        return answer
 
     def put_bytes(self, path: Path, data: bytes) -> None:
         """Writes a small file, whole."""
