@@ -4,8 +4,8 @@
 
 Makes a V4-Flash checkpoint of full width and few layers with `dsjax synth` (12 GB, for the FP8 targets) and one of a
 third of it (4 GB, for the others), converts them in processes of their own, and prints a Markdown table; the last line
-is the same as one JSON object. The two sides take turns in every round, on the same disk, both flushed to it, the source
-dropped from the page cache before each. What is made is deleted again.
+is the same as one JSON object. The two sides take turns in every round, on the same disk, both flushed to it, the
+source dropped from the page cache before each. What is made is deleted again.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def bench(source: Path, work: Path, to: str, rounds: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| to | source | result | exact | convert | plain read and write | of plain speed | CPU a weight | peak memory |",
+        "| to | source | result | exact | convert | plain copy | of its speed | CPU a weight | peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

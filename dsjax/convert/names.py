@@ -34,7 +34,7 @@ _RENAMES = tuple(
         (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
         (r"\.attn\.", ".self_attn."),
         (r"\.ffn\.", ".mlp."),
-        (r"\.scale$", ".weight_scale_inv"),
+        (r"(?<!_hc)\.scale$", ".weight_scale_inv"),
     )
 )
 

@@ -233,10 +233,11 @@ def _scales_spec(scale: str, name: str, parts: list[Part], dtype: np.dtype, grid
 
 
 def _carried_tensor(part: Part, carried: Files | None) -> Tensor | None:
-    """The scales that a matrix came with: its own, else what was carried beside it."""
-    if part.scales is not None or part.storage not in (LINEAR, EXPERT):
-        return part.scales
-    return carried.get(part.official) if carried is not None else None
+    """The scales that a matrix first came with: what is carried beside it, else its own."""
+    if part.storage not in (LINEAR, EXPERT):
+        return None
+    found = carried.get(part.official) if carried is not None else None
+    return part.scales if found is None else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +262,14 @@ class Plan:
     def shard_name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self.shards):06d}.safetensors"
 
-    def origin(self, part: Part) -> Tensor | None:
-        """The scales that a matrix came with."""
+    def carried_scales(self, part: Part) -> Tensor | None:
+        """The scales that a matrix first came with, to be carried on."""
         return _carried_tensor(part, self.carried)
+
+    def old_scales(self, part: Part, grid: tuple[int, int]) -> Tensor | None:
+        """Scales that its values may be codes of: its own, else those carried beside it, whichever have this grid."""
+        found = [part.scales, _carried_tensor(part, self.carried)]
+        return next((tensor for tensor in found if tensor is not None and tensor.shape == grid), None)
 
     @property
     def nbytes(self) -> int:

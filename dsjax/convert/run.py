@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,7 +159,8 @@ class _Conversion:
         self._identity = _identity(self._files, options, shard_bytes)
         self._space = Workspace(out)
         self._source = source
-        self._written = 0
+        self._written, self._stop = 0, False
+        self._counting = threading.Lock()
 
     def run(self, force: bool) -> Outcome:
         start = time.perf_counter()
@@ -198,15 +200,14 @@ class _Conversion:
                 self._stop = True
                 raise
 
-    _stop = False
-
     def _convert(self, i: int, bar: Any) -> tuple[list[list[Errors]], Callable[[], None]]:
         """Writes a shard, which `finish`, given back, then makes appear."""
         jobs, space = self._plan.shards[i], self._space
 
         def wrote(count: int) -> None:
-            self._written += count
-            bar.update(count)
+            with self._counting:
+                self._written += count
+                bar.update(count)
 
         writer = ShardWriter(self._plan, self._config, jobs, wrote)
         name = self._plan.shard_name(i)
@@ -217,7 +218,7 @@ class _Conversion:
         )
 
     def _record(self, i: int, errors: list[list[Errors]], finish: Callable[[], None]) -> None:
-        """Waits until the shard is on the disk, hashes it, and notes that it is finished; the next is made meanwhile."""
+        """Waits for the disk, hashes the shard, and notes that it is finished; the next is made meanwhile."""
         finish()
         jobs, name, space = self._plan.shards[i], self._plan.shard_name(i), self._space
         hashed = {name: hash_file(space.result / name, read_tensors(space.result / name))}

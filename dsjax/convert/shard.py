@@ -92,10 +92,10 @@ def strips(part: Part) -> Iterator[slice]:
 
 def _old_scales(plan: Plan, part: Part, encoding: Encoding, rows: slice) -> np.ndarray | None:
     """float32 scales that the values of some rows came from, in the grid of the target's blocks; None: none fit."""
-    origin = plan.origin(part)
-    if encoding.element not in ("e4m3", "e2m1") or origin is None:
+    if encoding.element not in ("e4m3", "e2m1"):
         return None
-    if origin.shape != encoding.grid((part.shape[0], part.shape[1])):
+    origin = plan.old_scales(part, encoding.grid((part.shape[0], part.shape[1])))
+    if origin is None:
         return None
     bn = encoding.block[0]
     first, last = rows.start // bn, -(-rows.stop // bn)
@@ -105,7 +105,7 @@ def _old_scales(plan: Plan, part: Part, encoding: Encoding, rows: slice) -> np.n
 def _read_scales(plan: Plan, part: Part, origin: Tensor, first: int, last: int) -> np.ndarray:
     out = np.empty((last - first, *origin.shape[1:]), origin.dtype)
     start = first * (origin.nbytes // max(origin.shape[0], 1))
-    if part.scales is not None:
+    if origin is part.scales:
         assert part.row is not None
         plan.files.read_into(part.row.scale_name(part.official), out, start)
     else:
@@ -228,7 +228,7 @@ class ShardWriter:
         for job in jobs:
             start = 0
             for part in job.parts:
-                origin = self._plan.origin(part)
+                origin = self._plan.carried_scales(part)
                 assert origin is not None and job.carried is not None
                 scales = _read_scales(self._plan, part, origin, 0, origin.shape[0])
                 start += file.put(job.carried, start, scales)
