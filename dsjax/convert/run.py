@@ -26,7 +26,7 @@ from dsjax.convert.errors import Errors
 from dsjax.convert.hashing import hash_file
 from dsjax.convert.plan import CARRIED, Job, Options, Plan, make_plan
 from dsjax.convert.shard import ShardWriter
-from dsjax.convert.workspace import Workspace
+from dsjax.convert.workspace import Growing, Workspace
 from dsjax.errors import InputError
 from dsjax.files import check_space
 
@@ -165,10 +165,9 @@ class _Conversion:
     def run(self, force: bool) -> Outcome:
         start = time.perf_counter()
         space = self._space
-        complete = space.begin(self._identity, force=force)
-        if not (complete and not space.result.exists()):
+        if not space.placed:
             check_out(space.out, force)
-        if not complete:
+        if not space.begin(self._identity, force=force):
             self._work()
             if not self._all_done():
                 return Outcome(False, self._written, time.perf_counter() - start, None)
@@ -187,21 +186,26 @@ class _Conversion:
         with bar, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
             hashing = reader.submit(self._hash_sources)
             pending: Future[None] | None = None
+            growing: Growing | None = None
             try:
                 for i in todo:
-                    errors, finish = self._convert(i, bar)
+                    growing = self._space.grow(self._space.result / self._plan.shard_name(i))
+                    errors = self._convert(i, growing, bar)
                     if pending is not None:
                         pending.result()
-                    pending = finisher.submit(self._record, i, errors, finish)
+                    pending = finisher.submit(self._record, i, errors, growing)
+                    growing = None
                 if pending is not None:
                     pending.result()
                 hashing.result()
             except BaseException:
                 self._stop = True
+                if growing is not None:
+                    growing.discard()
                 raise
 
-    def _convert(self, i: int, bar: Any) -> tuple[list[list[Errors]], Callable[[], None]]:
-        """Writes a shard, which `finish`, given back, then makes appear."""
+    def _convert(self, i: int, growing: Growing, bar: Any) -> list[list[Errors]]:
+        """Writes a shard, and, whole, the scales it leaves behind."""
         jobs, space = self._plan.shards[i], self._space
 
         def wrote(count: int) -> None:
@@ -210,16 +214,14 @@ class _Conversion:
                 bar.update(count)
 
         writer = ShardWriter(self._plan, self._config, jobs, wrote)
-        name = self._plan.shard_name(i)
+        errors = writer.write(growing.descriptor, growing.path, self._share.threads)
         if any(job.carried for job in jobs):
-            space.put_file(space.result / CARRIED / name, writer.carried)
-        return space.grow(
-            space.result / name, lambda descriptor, path: writer.write(descriptor, path, self._share.threads)
-        )
+            space.put_file(space.result / CARRIED / growing.path.name, writer.carried)
+        return errors
 
-    def _record(self, i: int, errors: list[list[Errors]], finish: Callable[[], None]) -> None:
+    def _record(self, i: int, errors: list[list[Errors]], growing: Growing) -> None:
         """Waits for the disk, hashes the shard, and notes that it is finished; the next is made meanwhile."""
-        finish()
+        growing.commit()
         jobs, name, space = self._plan.shards[i], self._plan.shard_name(i), self._space
         hashed = {name: hash_file(space.result / name, read_tensors(space.result / name))}
         if any(job.carried for job in jobs):

@@ -34,6 +34,53 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Growing:
+    """A file under a temporary name, locked. Either `commit` or `discard` ends it; a second end does nothing.
+
+    Attributes:
+      descriptor: to write to.
+      path: its name to be, for messages.
+    """
+
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self.path, self._temporary = path, temporary
+        with os_errors(path):
+            self.descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.descriptor)
+            raise InputError(f"{temporary}: expected no other process to write it, found one") from None
+        self._open = True
+
+    def commit(self) -> None:
+        """Waits until it is on the disk, and gives it its name.
+
+        Raises:
+          InputError: if the disk cannot take it; then it is gone.
+        """
+        try:
+            with os_errors(self.path):
+                os.fsync(self.descriptor)
+                self.path.parent.mkdir(exist_ok=True)
+                os.replace(self._temporary, self.path)
+                _flush_folder(self.path.parent)
+            self._close()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Removes it."""
+        if self._open:
+            with suppress(OSError):
+                self._temporary.unlink()
+            self._close()
+
+    def _close(self) -> None:
+        self._open = False
+        os.close(self.descriptor)
+
+
 class Workspace:
     """Of one result."""
 
@@ -84,6 +131,11 @@ class Workspace:
                     _flush_folder(self.out.parent)
                 return (self.state / "complete.json").exists()
 
+    @property
+    def placed(self) -> bool:
+        """Whether a result has got its name, and a run was stopped before it could tidy up."""
+        return (self.state / "complete.json").exists() and not self.result.exists()
+
     def _identity(self) -> dict[str, Any] | None:
         """What an existing folder is about; None if it was not even set up."""
         try:
@@ -93,54 +145,27 @@ class Workspace:
 
     # --- files ---
 
-    def grow(self, path: Path, fill: Callable[[int, Path], Any]) -> tuple[Any, Callable[[], None]]:
-        """Lets `fill` write a file (descriptor, name for messages).
-
-        Returns:
-          What `fill` returns, and what makes the file appear, whole; it waits for the disk, on any thread.
+    def grow(self, path: Path) -> Growing:
+        """Begins a file that is going to appear under this name.
 
         Raises:
-          InputError: if another process writes the same file, or it cannot be written; then it is gone.
+          InputError: if another process writes the same file, or it cannot be made.
         """
-        temporary = self.state / (path.name + ".tmp")
-        with os_errors(path):
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+        return Growing(path, self.state / (path.parent.name + "-" + path.name + ".tmp"))  # one name, two folders
 
-            def settle(step: Callable[[], Any], last: bool) -> Any:
-                try:
-                    answer = step()
-                except BaseException:
-                    with suppress(OSError):
-                        temporary.unlink()
-                    last = True
-                    raise
-                finally:
-                    if last:
-                        os.close(descriptor)
-                return answer
+    def put_file(self, path: Path, fill: Callable[[int, Path], Any]) -> None:
+        """Lets `fill` write a file (descriptor, name for messages), and makes it appear whole.
 
-            def commit() -> None:
-                os.fsync(descriptor)
-                path.parent.mkdir(exist_ok=True)
-                os.replace(temporary, path)
-                _flush_folder(path.parent)
-
-            def finish() -> None:
-                with os_errors(path):
-                    settle(commit, last=True)
-
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise InputError(f"{temporary}: expected no other process to write it, found one") from None
-            return settle(lambda: fill(descriptor, path), last=False), finish
-
-    def put_file(self, path: Path, fill: Callable[[int, Path], Any]) -> Any:
-        """The same, and makes the file appear at once."""
-        answer, finish = self.grow(path, fill)
-        finish()
-        return answer
+        Raises:
+          InputError: see `grow`; or it cannot be written, and is gone then.
+        """
+        growing = self.grow(path)
+        try:
+            with os_errors(path):
+                fill(growing.descriptor, path)
+            growing.commit()
+        finally:
+            growing.discard()
 
     def put_bytes(self, path: Path, data: bytes) -> None:
         """Writes a small file, whole."""
