@@ -13,7 +13,7 @@ import pytest
 from helpers import SEED, rng
 
 from dsjax.checkpoint.resident import Source
-from dsjax.convert import TARGETS
+from dsjax.convert import TARGETS, matrix
 from dsjax.convert.encode import bfloat16_bits, encode, new_scales, pack_words, power_above, unpack_words
 from dsjax.convert.matrix import Origin, Strip, convert_strip
 from dsjax.convert.targets import Encoding
@@ -214,6 +214,36 @@ def test_rounded_fp8_round_trip() -> None:
     back = convert_strip(Source(there.codes, None, (1, 0)), Origin("bf16", scale), FP8[0])
     assert np.array_equal(back.codes.view(np.uint8), codes), SEED
     assert not back.errors.exact and back.errors.max_rel <= 2**-8
+
+
+# --- by table ---
+
+
+@pytest.mark.parametrize("target", ["bf16", "f16", "f32", "fp8", "fp8-ue8m0"])
+@pytest.mark.parametrize("kind", ["fp4", "fp4 with gaps", "fp8 pow2", "fp8 float"])
+def test_tables_change_nothing(kind: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up or converted value by value: the same bytes and verdicts."""
+    random = rng(809)
+    codes = random.integers(0, 16, (128, 416)).astype(np.uint8)
+    if kind == "fp4 with gaps":
+        codes[:, :256] = np.minimum(codes[:, :256], 1)  # blocks without a 4 or a 6
+        codes[3, 256:288] = 0
+    source = fp4(codes, random.integers(-6, -1, (128, 13)))
+    if kind.startswith("fp8"):
+        scales = np.exp2(random.integers(-9, -5, (1, 4))) if kind == "fp8 pow2" else random.random((1, 4))
+        source = Source(random.choice(ALL_CODES, (128, 416)).view(E4M3), scales.astype(np.float32), (128, 128))
+    encoding = TARGETS[target].encoding(EXPERT, True)
+    assert encoding is not None
+    origin = Origin("e2m1" if source.packed else "e4m3", None if source.packed else source.scales)
+    one = convert_strip(source, origin, encoding)
+    looked_up = matrix.convert_by_table(source, encoding, origin.scales) is not None
+    assert looked_up == (one.errors.exact and not (kind == "fp4 with gaps" and encoding.element == "e4m3")), SEED
+    monkeypatch.setattr(matrix, "convert_by_table", lambda *_: None)
+    other = convert_strip(source, origin, encoding)
+    assert one.errors == other.errors
+    assert one.codes.dtype == other.codes.dtype and one.codes.tobytes() == other.codes.tobytes()
+    assert (one.scales is None) == (other.scales is None)
+    assert one.scales is None or (other.scales is not None and one.scales.tobytes() == other.scales.tobytes())
 
 
 # --- the codecs ------------------------------------------------------------------------------------------------------
