@@ -74,7 +74,7 @@ def _types(row: Row, config: Config) -> Mapping[np.dtype, str]:
 
 def tensor_format(row: Row, dtype: np.dtype, config: Config) -> str:
     """Name of the format of a row's tensor of this type, after `agree` has let it pass."""
-    return _types(row, config)[dtype]
+    return _types(row, config).get(dtype, dtype.name)
 
 
 def _names(dtypes: Mapping[np.dtype, str]) -> str:

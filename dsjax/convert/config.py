@@ -11,6 +11,8 @@ from dsjax.params import EXPERT, FP8_BLOCK, LINEAR, MATRIX
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
+FLOATS = frozenset(_DTYPES)
+
 _TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 """Activations quantised for each token, as they come."""
 

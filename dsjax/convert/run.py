@@ -14,14 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsjax.checkpoint.agreement import agree
-from dsjax.checkpoint.names import official
 from dsjax.checkpoint.orbax import COPIED, COPIED_FOLDER, is_converted
-from dsjax.checkpoint.safetensors import INDEX_FILE, Files, Tensor, read_tensors
+from dsjax.checkpoint.safetensors import INDEX_FILE, Files, read_tensors
 from dsjax.checkpoint.safetensors_writer import Spec
 from dsjax.config import V4Config, load_config, parse_config, read_json_object
 from dsjax.convert.certificate import CERTIFICATE, certificate, entry, options_of, part_bytes
-from dsjax.convert.config import rewritten
+from dsjax.convert.config import FLOATS, rewritten
 from dsjax.convert.errors import Errors
 from dsjax.convert.hashing import hash_file
 from dsjax.convert.plan import CARRIED, Job, Options, Plan, make_plan
@@ -29,6 +27,8 @@ from dsjax.convert.shard import ShardWriter
 from dsjax.convert.workspace import Growing, Workspace
 from dsjax.errors import InputError
 from dsjax.files import check_space
+from dsjax.params import EXPERT, LINEAR
+from dsjax.params import Path as Path_
 
 SHARD_BYTES = 5_000_000_000
 
@@ -108,37 +108,39 @@ def _identity(files: Files, options: Options, shard_bytes: int) -> dict[str, Any
     return {**options_of(options), "shard_bytes": shard_bytes, "source": source, "headers": headers.hexdigest()}
 
 
-def _planned_tensors(plan: Plan, folder: Path) -> Files:
-    """The result as if it were there, to be looked at."""
-    tensors = {}
-    for i in range(len(plan.shards)):
-        for job in plan.shards[i]:
-            for spec in job.specs:
-                tensors[spec.name] = Tensor(
-                    spec.name, folder / plan.shard_name(i), spec.dtype, spec.shape, 0, spec.nbytes
-                )
-    return Files(folder, tensors)
-
-
-def _check_loads(plan: Plan, data: dict[str, Any], out: Path, options: Options) -> None:
-    """Refuses what this project could not load: of mixed formats, those that differ within a stack.
+def _check_stacks(plan: Plan, options: Options) -> None:
+    """Refuses formats that differ among the layers and experts that a model here holds as one array; floats may.
 
     Raises:
-      InputError: naming the flag and the tensor.
+      InputError: naming the flag and two tensors.
     """
-    try:
-        config = parse_config(data, str(out / "config.json"))
-    except InputError:
-        if options.target.kind != "int":
-            raise
-        return  # not every format of weights can be run
-    planned = _planned_tensors(plan, out)
-    try:
-        agree(official(planned) if isinstance(config, V4Config) else planned, config)
-    except InputError as e:
-        if options.only is None:
-            raise
-        raise InputError(f"--only {options.only}: expected what remains to fit together, found: {e}") from None
+    seen: dict[Path_, tuple[str, str]] = {}
+    for job in plan.jobs:
+        for part in job.parts:
+            if part.row is None or part.storage not in (LINEAR, EXPERT):
+                continue
+            element = job.encoding.element if job.encoding else part.element
+            first, name = seen.setdefault(part.row.path, (element, part.name))
+            if element != first and not {element, first} <= FLOATS:
+                raise InputError(
+                    f"--only {options.only}: expected layers and experts to stay alike, "
+                    f"found {name} in {first}, {part.name} in {element}"
+                )
+
+
+def _check_source(source: Path) -> None:
+    """Refuses what cannot be converted from.
+
+    Raises:
+      InputError: saying what it is.
+    """
+    if is_converted(source):
+        raise InputError(f"{source}: expected a checkpoint in safetensors, found an Orbax folder")
+    path = source / "config.json"
+    section = read_json_object(path).get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if method not in (None, "fp8"):
+        raise InputError(f"{path}: quant_method: expected fp8 or none of a source, found {str(method)[:40]!r}")
 
 
 class _Conversion:
@@ -147,15 +149,16 @@ class _Conversion:
     def __init__(
         self, source: Path, out: Path, options: Options, share: Share, shard_bytes: int, progress: bool
     ) -> None:
-        if is_converted(source):
-            raise InputError(f"{source}: expected a checkpoint in safetensors, found an Orbax folder")
+        _check_source(source)
         self._config = load_config(source)
         self._files = Files.open(source)
         self._options, self._share, self._progress = options, share, progress
         self._plan = make_plan(self._files, self._config, options, shard_bytes)
         v4 = isinstance(self._config, V4Config)
         self._config_json = rewritten(read_json_object(source / "config.json"), self._plan, options.target, v4=v4)
-        _check_loads(self._plan, self._config_json, out, options)
+        _check_stacks(self._plan, options)
+        if options.target.kind != "int":
+            parse_config(self._config_json, str(out / "config.json"))
         self._identity = _identity(self._files, options, shard_bytes)
         self._space = Workspace(out)
         self._source = source

@@ -29,6 +29,8 @@ _FLUSH_BYTES = 1 << 28
 
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
+_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+
 Wrote = Callable[[int], None]
 """Is told how many bytes have been written."""
 
@@ -139,7 +141,7 @@ class _File:
             self._unflushed += count
         if self._unflushed > _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
             self._unflushed = 0
-            self._flushing = self._flusher.submit(os.fdatasync, self._descriptor)
+            self._flushing = self._flusher.submit(_flush, self._descriptor)
 
     def settle(self) -> None:
         """Ends what is going on beside the writing; errors of the disk come up again when the file is flushed whole."""
