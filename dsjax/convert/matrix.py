@@ -141,16 +141,24 @@ def _pieces(shape: tuple[int, int], encoding: Encoding) -> Iterator[tuple[slice,
             yield slice(i, min(i + rows, r)), slice(j, min(j + columns, k))
 
 
-def convert_strip(source: Source, origin: Origin, encoding: Encoding) -> Strip:
+def convert_strip(source: Source, origin: Origin, encoding: Encoding, codes: np.ndarray | None = None) -> Strip:
     """Converts all of `source`, which has at most 128 rows and begins with a block.
+
+    Args:
+      source: the strip.
+      origin: what its matrix was.
+      encoding: what it becomes.
+      codes: memory for the new codes, contiguous, of the file's type and shape; memory that is new costs more than
+        a conversion.
 
     Raises:
       ValueError: if a value is not finite.
     """
-    if (found := convert_by_table(source, encoding, origin.scales)) is not None:
-        return Strip(*found)
     r, k = source.shape
-    codes = np.empty(encoding.codes_shape((r, k)), encoding.codes[0])
+    if codes is None:
+        codes = np.empty(encoding.codes_shape((r, k)), encoding.codes[0])
+    if (found := convert_by_table(source, encoding, origin.scales, codes)) is not None:
+        return Strip(codes, *found)
     grid = encoding.grid((r, k))
     scales = np.empty(grid, encoding.scale_dtype) if encoding.scales else None
     total = Errors()

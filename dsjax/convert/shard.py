@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -35,6 +37,20 @@ Wrote = Callable[[int], None]
 """Is told how many bytes have been written."""
 
 
+class Memory(threading.local):
+    """Arrays that are used again and again: the system takes longer to find new memory than a conversion does."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of this thread's, until the next one of the same name."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self._buffers or self._buffers[name].size < nbytes:
+            self._buffers[name] = np.empty(nbytes, np.uint8)
+        return self._buffers[name][:nbytes].view(dtype).reshape(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """A matrix of the source that can be decoded strip by strip; what it reads it also checks.
@@ -49,29 +65,40 @@ class Matrix:
     config: Config
     part: Part
 
-    def _rows(self, tensor: Tensor, name: str, what: str, rows: slice) -> np.ndarray:
-        out = np.empty((rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
+    def _rows(self, tensor: Tensor, name: str, what: str, rows: slice, memory: Memory) -> np.ndarray:
+        out = memory.array(what, (rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
         self.files.read_into(name, out, rows.start * (tensor.nbytes // max(tensor.shape[0], 1)))
         assert self.part.row is not None
         check_values(self.files, self.config, self.part.row, what, name, out)
         return out
 
-    def strip(self, rows: slice) -> Source:
+    def read(self, rows: slice, memory: Memory | None = None) -> Source:
         """Rows that begin with a block and end with one or with the matrix.
+
+        Args:
+          rows: which.
+          memory: that the result may lie in until the next call.
 
         Raises:
           InputError: for NaN or infinity, naming the tensor.
         """
-        part = self.part
-        elements = self._rows(part.tensor, part.official, "codes", rows)
+        part, memory = self.part, memory or Memory()
+        elements = self._rows(part.tensor, part.official, "codes", rows, memory)
         if part.scales is None:
             return Source(elements, None, (1, 0))
         assert part.row is not None
         bn, bk = part.source.block
         blocks = slice(rows.start // bn, -(-rows.stop // bn))
-        scales = self._rows(part.scales, part.row.scale_name(part.official), "scales", blocks)
+        scales = self._rows(part.scales, part.row.scale_name(part.official), "scales", blocks, memory)
         scales = scales.view(_E8M0) if scales.dtype == np.uint8 else scales
         return Source(elements, scales, (bn, bk), part.element == "e2m1")
+
+
+def _strip(source: Source, rows: slice) -> Source:
+    """Some of the rows of a source, which begin with a block."""
+    bn = source.block[0]
+    scales = None if source.scales is None else source.scales[rows.start // bn : -(-rows.stop // bn)]
+    return dataclasses.replace(source, elements=source.elements[rows], scales=scales)
 
 
 def measured(matrix: Matrix, errors: Errors) -> Errors:
@@ -79,7 +106,7 @@ def measured(matrix: Matrix, errors: Errors) -> Errors:
     if not errors.exact and errors.unmeasured:
         total = 0.0
         for rows in strips(matrix.part):
-            values = matrix.strip(rows).values(slice(0, rows.stop - rows.start), slice(0, matrix.part.shape[1]))
+            values = matrix.read(rows).values(slice(0, rows.stop - rows.start), slice(0, matrix.part.shape[1]))
             total += squares(values)
         errors.norm_squares, errors.unmeasured = total, 0
     return errors
@@ -180,6 +207,7 @@ class ShardWriter:
 
     def __init__(self, plan: Plan, config: Config, jobs: tuple[Job, ...], wrote: Wrote) -> None:
         self._plan, self._config, self._jobs, self._wrote = plan, config, jobs, wrote
+        self._memory = Memory()
 
     def write(self, descriptor: int, path: Path, threads: int) -> list[list[Errors]]:
         """Fills a file; returns the errors of each part of each job.
@@ -249,7 +277,7 @@ class ShardWriter:
             raise InputError(f"{part.tensor.path}: tensor {part.name}: expected finite values, found {e}") from None
 
     def _keep(self, file: _File, job: Job, task: _Task, part: Part) -> Errors:
-        raw = np.empty(task.stop - task.start, np.uint8)
+        raw = self._memory.array("codes", (task.stop - task.start,), np.dtype(np.uint8))
         self._plan.files.read_into(part.official, raw, task.start)
         if part.row is not None:
             check_values(self._plan.files, self._config, part.row, "codes", part.official, raw)
@@ -257,20 +285,22 @@ class ShardWriter:
         return Errors()
 
     def _convert(self, file: _File, job: Job, encoding: Encoding, task: _Task, part: Part) -> Errors:
-        matrix = Matrix(self._plan.files, self._config, part)
-        codes, scales, total = [], [], Errors()
-        for start in range(task.start, task.stop, STRIP):
-            rows = slice(start, min(start + STRIP, task.stop))
-            old = _old_scales(self._plan, part, encoding, rows)
-            strip = convert_strip(matrix.strip(rows), Origin(part.element, old), encoding)
-            codes.append(strip.codes)
+        whole = slice(task.start, task.stop)
+        source = Matrix(self._plan.files, self._config, part).read(whole, self._memory)
+        shape = (part.shape[0], part.shape[1])
+        n, width = encoding.codes_shape(shape)
+        codes = self._memory.array("new codes", (task.stop - task.start, width), encoding.codes[0])
+        old = _old_scales(self._plan, part, encoding, whole)
+        scales, total = [], Errors()
+        for start in range(0, len(codes), STRIP):
+            rows = slice(start, min(start + STRIP, len(codes)))
+            bn = encoding.block[0]
+            mine = None if old is None else old[rows.start // bn : -(-rows.stop // bn)]
+            strip = convert_strip(_strip(source, rows), Origin(part.element, mine), encoding, codes[rows])
             if strip.scales is not None:
                 scales.append(strip.scales)
             total.add(strip.errors)
-        shape = (part.shape[0], part.shape[1])
-        n, width = encoding.codes_shape(shape)
-        row = width * codes[0].dtype.itemsize
-        written = file.put(job.codes, (task.part * n + task.start) * row, np.concatenate(codes))
+        written = file.put(job.codes, (task.part * n + task.start) * width * codes.dtype.itemsize, codes)
         if job.scales is not None:
             blocks, per_row = encoding.grid(shape)
             first = task.part * blocks + task.start // encoding.block[0]

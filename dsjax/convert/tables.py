@@ -7,6 +7,8 @@ the time. If one is not, the strip is converted value by value, which also says 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from dsjax.checkpoint.resident import Source
@@ -22,7 +24,8 @@ _LOW, _HIGH = np.arange(256) & 0xF, np.arange(256) >> 4
 
 _PIECE = 512  # bytes of a row that are looked up together
 
-Strip = tuple[np.ndarray, np.ndarray | None, Errors]
+Done = tuple[np.ndarray | None, Errors]
+"""Scales, if any, and errors."""
 
 
 def _table(
@@ -46,7 +49,7 @@ def _table(
     return raw if np.array_equal(old.view(np.uint32), values.view(np.uint32)) else None
 
 
-def _from_fp8(source: Source, encoding: Encoding, old: np.ndarray | None) -> Strip | None:
+def _from_fp8(source: Source, encoding: Encoding, old: np.ndarray | None, out: np.ndarray) -> Done | None:
     assert source.scales is not None
     r, k = source.shape
     scales = source.scales.astype(np.float32)
@@ -58,15 +61,16 @@ def _from_fp8(source: Source, encoding: Encoding, old: np.ndarray | None) -> Str
         if not usable or (encoding.pow2 and not is_pow2(scales).all()):
             return None
         errors.blocks = errors.carried = scales.size
-        return codes.view(encoding.codes[0]), scale_elements(scales, encoding), errors
+        out.view(np.uint8)[...] = codes
+        return scale_elements(scales, encoding), errors
     table = _table(_E4M3, "e4m3", scales.reshape(-1, 1), encoding, None) if encoding.scales is None else None
     if table is None:
         return None
-    out = np.empty((r, k), table.dtype)
+    raw = out.view(table.dtype)
     for i, start in enumerate(range(0, k, FP8_BLOCK[1])):
         stop = min(start + FP8_BLOCK[1], k)
-        out[:, start:stop] = np.take(table[i], codes[:, start:stop], mode="clip")
-    return out.view(encoding.codes[0]), None, errors
+        raw[:, start:stop] = np.take(table[i], codes[:, start:stop], mode="clip")
+    return None, errors
 
 
 def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | None:
@@ -90,7 +94,29 @@ def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | N
     return top - 6
 
 
-def _from_fp4(source: Source, encoding: Encoding) -> Strip | None:
+def _powers(exponents: np.ndarray) -> np.ndarray:
+    """float32 of E8M0 codes."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+
+
+@lru_cache(maxsize=256)
+def _pairs(exponents: bytes, blocks: bytes, encoding: Encoding) -> np.ndarray | None:
+    """What two FP4 codes in a byte become, side by side in one word, by old and new scale: [256 x scales].
+
+    Args:
+      exponents: old scales, E8M0, one for each of the bytes.
+      blocks: new ones; empty for floats.
+      encoding: the new format.
+    """
+    old, new = (_powers(np.frombuffer(x, np.uint8))[:, None] for x in (exponents, blocks))
+    table = _table(_E2M1, "e2m1", old, encoding, new if blocks else None)
+    if table is None:
+        return None
+    pair = np.stack([table[:, _LOW], table[:, _HIGH]], axis=-1)
+    return pair.view(np.dtype(f"u{2 * table.dtype.itemsize}")).reshape(-1)
+
+
+def _from_fp4(source: Source, encoding: Encoding, out: np.ndarray) -> Done | None:
     assert source.scales is not None
     r, k = source.shape
     if source.scales.dtype.itemsize != 1 or k % FP4_BLOCK[1]:
@@ -98,53 +124,50 @@ def _from_fp4(source: Source, encoding: Encoding) -> Strip | None:
     exponents = source.scales.view(np.uint8)
     packed = np.ascontiguousarray(source.elements).view(np.uint8)
     errors = Errors(count=r * k, unmeasured=r * k)
-    keys, blocks = exponents.astype(np.uint16), None
+    lowest = int(exponents.min())
+    span, count = int(exponents.max()) - lowest + 1, 1
+    keys, blocks = (exponents - np.uint8(lowest)).astype(np.uint16), None
     if encoding.element == "e4m3":
-        pairs = packed.view(np.uint64).reshape(r, -1, 2)
-        blocks = _block_exponents(pairs[..., 0] | pairs[..., 1], exponents)
+        words = packed.view(np.uint64).reshape(r, -1, 2)
+        blocks = _block_exponents(words[..., 0] | words[..., 1], exponents)
         if blocks is None:
             return None
-        keys |= np.repeat(blocks, FP8_BLOCK[1] // FP4_BLOCK[1]).astype(np.uint16)[: keys.shape[1]] << 8
+        first = int(blocks.min())
+        count = int(blocks.max()) - first + 1
+        keys += (np.repeat(blocks - np.uint8(first), FP8_BLOCK[1] // FP4_BLOCK[1])[: keys.shape[1]]) * np.uint16(span)
         errors.blocks = blocks.size
     elif encoding.scales is not None:
         return None
-    present = np.zeros(1 << 16, bool)
+    present = np.zeros(span * count, bool)
     present[keys] = True
     found = np.flatnonzero(present)
     if len(found) > 256:
         return None
-
-    def powers(of: np.ndarray) -> np.ndarray:
-        return np.ldexp(np.float32(1), of.astype(np.int32) - 127)[:, None]
-
-    new = powers(found >> 8) if blocks is not None else None
-    table = _table(_E2M1, "e2m1", powers(found & 0xFF), encoding, new)
+    new = b"" if blocks is None else (found // span + first).astype(np.uint8).tobytes()
+    table = _pairs((found % span + lowest).astype(np.uint8).tobytes(), new, encoding)
     if table is None:
         return None
-    pair = np.stack([table[:, _LOW], table[:, _HIGH]], axis=-1)  # of each byte
-    double = np.dtype(f"u{2 * table.dtype.itemsize}")
-    flat = np.ascontiguousarray(pair).view(double).reshape(-1)
-    rank = np.empty(1 << 16, np.uint16)
+    rank = np.zeros(span * count, np.uint16)
     rank[found] = np.arange(len(found), dtype=np.uint16) << 8
     offsets, per_group = rank[keys], FP4_BLOCK[1] // 2
-    out = np.empty(packed.shape, double)
+    raw = out.view(table.dtype)
     for start in range(0, packed.shape[1], _PIECE):
         stop = min(start + _PIECE, packed.shape[1])
         index = np.repeat(offsets[:, start // per_group : stop // per_group], per_group, axis=1)
         index |= packed[:, start:stop]
-        out[:, start:stop] = np.take(flat, index, mode="clip")
-    scales = scale_elements(powers(blocks).T, encoding) if blocks is not None else None
-    return out.view(encoding.codes[0]), scales, errors
+        raw[:, start:stop] = np.take(table, index, mode="clip")
+    return (scale_elements(_powers(blocks)[None], encoding) if blocks is not None else None), errors
 
 
-def convert_by_table(source: Source, encoding: Encoding, old: np.ndarray | None) -> Strip | None:
-    """Codes, scales and errors of a strip that becomes another format without a change; None if it might.
+def convert_by_table(source: Source, encoding: Encoding, old: np.ndarray | None, out: np.ndarray) -> Done | None:
+    """Scales and errors of a strip that becomes another format without a change; None if it might.
 
     Args:
       source: at most 128 rows, which begin with a block.
       encoding: the new format.
       old: scales that would be used again, as `matrix.Origin` has them.
+      out: is filled with the codes, of the file's type and shape.
     """
     if source.scales is None:
         return None
-    return _from_fp4(source, encoding) if source.packed else _from_fp8(source, encoding, old)
+    return _from_fp4(source, encoding, out) if source.packed else _from_fp8(source, encoding, old, out)

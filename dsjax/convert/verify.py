@@ -112,7 +112,7 @@ def _errors(result: _Result, source: Files, config: Config, job: Job, place: int
     assert job.encoding is not None
     matrix = Matrix(source, config, part)
     for rows in strips(part):
-        strip = matrix.strip(rows)
+        strip = matrix.read(rows)
         old = strip.values(slice(0, rows.stop - rows.start), slice(0, part.shape[1]))
         new, scales = result.values(job, place, job.encoding, rows)
         errors, differ = compare(old, new, job.encoding, scales)
