@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from damage import put, rewrite
-from helpers import DENSE_SETTINGS, GOLDENS, V4_SETTINGS, counts, golden, one_shot, read_golden, relative_norm, worst
+from helpers import (
+    DENSE_SETTINGS,
+    GOLDENS,
+    SYNTH_SETTINGS,
+    V4_SETTINGS,
+    counts,
+    golden,
+    one_shot,
+    read_golden,
+    relative_norm,
+    step_of,
+    worst,
+)
 
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import official_name
@@ -20,6 +32,7 @@ from dsjax.checkpoint.safetensors import Files
 from dsjax.config import V4Config, load_config
 from dsjax.convert import TARGETS, Options, convert, verify
 from dsjax.convert.names import hugging_face_name
+from dsjax.convert.plan import CARRIED
 from dsjax.models import family
 from dsjax.numerics import Numerics
 from dsjax.params import table
@@ -47,6 +60,15 @@ def logits(source: Path, folder: Path) -> np.ndarray:
     model = read_golden(folder)
     (folder / "reference.npz").unlink()
     return one_shot(model, model.tokens)[0]
+
+
+def own_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Of any folder, one sequence of tokens, in float32."""
+    config, params, _ = load(folder)
+    module, numerics = family(config), Numerics("plain", "float32").for_checkpoint(config)
+    cache = module.new_cache(config, numerics, 1, 16)
+    step = step_of(config, numerics)
+    return np.asarray(step(params, cache, jnp.asarray(tokens), counts(tokens.shape[1]))[0])
 
 
 # --- here ------------------------------------------------------------------------------------------------------------
@@ -207,13 +229,8 @@ def test_dense_fp8_runs(to: str, tmp_path: Path) -> None:
     """A distill in FP8 is loaded as it is stored, and its logits are near those of BF16."""
     synthesise(tmp_path / "model", synth_config("deepseek-r1-distill-llama-8b", layers=2, settings=DENSE_SETTINGS))
     certificate = made(tmp_path / "model", tmp_path / "out", to)
-    tokens = jnp.asarray(np.arange(12, dtype=np.int32)[None])
-    found = []
-    for folder in (tmp_path / "model", tmp_path / "out"):
-        config, params, _ = load(folder)
-        module, numerics = family(config), Numerics("plain", "float32")
-        cache = module.new_cache(config, numerics, 1, 16)
-        found.append(np.asarray(module.step(config, numerics, params, cache, tokens, counts(12), want="all")[0]))
+    tokens = np.arange(12, dtype=np.int32)[None]
+    found = [own_logits(tmp_path / folder, tokens) for folder in ("model", "out")]
     largest = max(one["relative_norm"] for one in certificate["tensors"].values())
     assert 0.02 < largest < 0.04
     assert 0 < relative_norm(found[1], found[0]) < 4 * largest
@@ -248,12 +265,8 @@ def test_config_of_integers(to: str, tmp_path: Path) -> None:
 HUGGING_FACE = [
     ("v3-fp8-ue8m0", "bf16", None),
     ("v3-mtp", "bf16", None),
-    ("v3-bf16", "fp8", None),
-    ("v3-fp8-ue8m0", "fp8", None),
     ("v4-flash", "bf16", None),
     ("v4-flash", "bf16", "hf"),
-    ("v4-flash", "fp8", None),
-    ("v4-flash", "fp8-ue8m0", None),
     ("qwen2-untied", "f16", None),
     ("llama-llama3", "bf16", None),
 ]
@@ -264,20 +277,66 @@ HUGGING_FACE = [
 @pytest.mark.parametrize(("name", "to", "names"), HUGGING_FACE)
 def test_hugging_face(name: str, to: str, names: str | None, tmp_path: Path) -> None:
     """Hugging Face reads the folder itself, and gives the logits that are computed from it here."""
+    made(GOLDENS / name, tmp_path / "out", to, names=names)
+    found = logits(GOLDENS / name, tmp_path / "out")
+    theirs = hugging_face_logits(tmp_path / "out", golden(name).tokens)
+    assert worst(found, theirs) <= (3e-5 if name.startswith("v4") else BOUND)
+
+
+def hugging_face_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Of the folder as `from_pretrained` reads it, computed in float32."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    if to.startswith("fp8"):
-        pytest.importorskip("accelerate")
-    made(GOLDENS / name, tmp_path / "out", to, names=names)
-    here = tmp_path / "out"
-    if to.startswith("fp8"):  # which Hugging Face, without a GPU for it, decodes to bfloat16
-        here = tmp_path / "decoded"
-        made(tmp_path / "out", here, "bf16")
-    found = logits(GOLDENS / name, here)
     network, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["mismatched_keys"]
     with torch.no_grad():
-        theirs = network.float().eval()(torch.tensor(golden(name).tokens, dtype=torch.long)).logits.numpy()
-    assert worst(found, theirs) <= (3e-5 if name.startswith("v4") else BOUND)
+        found: np.ndarray = network.float().eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    return found
+
+
+WHOLE_BLOCKS: dict[str, dict[str, Any]] = {
+    "deepseek-v3": {
+        **SYNTH_SETTINGS,
+        **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank"), 128),
+        **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 64),
+        "num_nextn_predict_layers": 0,
+    },
+    "deepseek-v4-flash": {
+        **V4_SETTINGS,
+        **dict.fromkeys(("hidden_size", "moe_intermediate_size", "q_lora_rank", "o_lora_rank"), 128),
+        "head_dim": 64,
+        "index_head_dim": 64,
+        "num_nextn_predict_layers": 0,
+    },
+}
+"""Hugging Face takes a block's size to be a matrix's over its grid's: only whole blocks, or one, mean what they say."""
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["fp8", "fp8-ue8m0"])
+@pytest.mark.parametrize("preset", WHOLE_BLOCKS)
+def test_hugging_face_reads_fp8(preset: str, to: str, tmp_path: Path) -> None:
+    """Without a GPU for it, it decodes: with powers of two to the same values as everybody.
+
+    With float32 scales it rounds some matrices to bfloat16 and not others: its logits are as near as that is certified.
+    """
+    pytest.importorskip("accelerate")
+    synthesise(tmp_path / "model", synth_config(preset, layers=3, settings=WHOLE_BLOCKS[preset]), template=preset)
+    source = tmp_path / "model"
+    if to == "fp8" and preset == "deepseek-v3":  # whose own format that is: from BF16 instead
+        made(source, tmp_path / "bf16", "bf16")
+        shutil.rmtree(tmp_path / "bf16" / CARRIED)
+        source = tmp_path / "bf16"
+    made(source, tmp_path / "out", to)
+    rounding = made(tmp_path / "out", tmp_path / "decoded", "bf16")
+    tokens = np.arange(12, dtype=np.int32)[None]
+    theirs, ours = hugging_face_logits(tmp_path / "out", tokens), own_logits(tmp_path / "out", tokens)
+    if rounding["exact"]:
+        assert worst(ours, theirs) <= 3e-5
+    else:
+        assert (preset, to) == ("deepseek-v3", "fp8")
+        certified = max(one["relative_norm"] for one in rounding["tensors"].values())
+        assert certified < 2**-8 and relative_norm(ours, theirs) <= 10 * certified
