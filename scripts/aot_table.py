@@ -35,8 +35,8 @@ libtpu, from shapes, with no chip present. Bytes are of one device. "Counted" is
 arguments are what XLA says they take, its padding included. The bound of temporaries is the planner's, activations and
 workspace without its reserve. "Largest array" is the largest that the program writes to the chip's memory, without
 what is updated in place. "Sent" is per device and step; the largest collective is beside the largest planned one.
-(XLA:TPU makes an all-reduce of a reduce-scatter of few bytes: the same array, twice the bytes sent.) Products are in the
-tiled form (`quant.TILED`). Compile times are wall-clock, of two shared cores.
+(XLA:TPU makes an all-reduce of a reduce-scatter of few bytes: the same array, twice the bytes sent.) Products are in
+the tiled form (`quant.TILED`). Compile times are wall-clock, of two shared cores.
 
 """
 

@@ -424,7 +424,7 @@ BAD_FIELDS: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2-untied", "'type'", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     ("qwen2-untied", "rope_type", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0}}),
     ("qwen2-untied", "rope_scaling", {"rope_scaling": "llama3"}),
-    ("qwen2-untied", "quantization_config", {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}),
+    ("qwen2-untied", "weight_block_size", {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}),
     ("qwen2-untied", "num_key_value_heads", {"num_key_value_heads": 5}),
     ("qwen2-untied", "num_key_value_heads", {"num_key_value_heads": 0}),
     ("qwen2-untied", "head_dim", {"head_dim": 7}),

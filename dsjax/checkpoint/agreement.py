@@ -61,18 +61,23 @@ def _ignored(name: str, config: Config, block_draft: bool) -> bool:
 def _types(row: Row, config: Config) -> Mapping[np.dtype, str]:
     """Types that the row's tensors may have, and the format that each stands for.
 
-    V3's config says whether a model is quantised. Of V4 there are files with less in their config than in their
-    tensors, so the tensors decide.
+    V3's config says whether a model is quantised, though not every matrix need be. Of V4 there are files with less in
+    their config than in their tensors, so the tensors decide.
     """
     if row.storage == INTEGER:
         return _INTEGERS
     if isinstance(config.quantization, IntegerQuantization):  # those that it leaves as they are
         return _FLOATS
     if not isinstance(config, V4Config):
-        return _FP8 if row.storage == LINEAR and config.quantization is not None else _FLOATS
+        return _FP8 | _FLOATS if row.storage == LINEAR and config.quantization is not None else _FLOATS
     if row.storage == EXPERT:
         return _FP4 | _FP8 | _FLOATS
     return _FP8 | _FLOATS if row.storage == LINEAR else _FLOATS
+
+
+def tensor_format(row: Row, dtype: np.dtype, config: Config) -> str:
+    """Name of the format of a row's tensor of this type, after `agree` has let it pass."""
+    return _types(row, config).get(dtype, dtype.name)
 
 
 def _names(dtypes: Mapping[np.dtype, str]) -> str:
@@ -131,6 +136,11 @@ def _agree_row(files: Files, row: Row, config: Config) -> tuple[Stored, set[str]
             (first, like), (other, _) = list(formats.items())[:2]
             raise InputError(
                 f"{files[name].path}: tensor {_called(files, name)}: expected {first} as in {like}, found {other}"
+            )
+        if fmt in _FLOATS.values() and row.storage in (LINEAR, EXPERT) and row.scale_name(name) in files:
+            raise InputError(
+                f"{files[name].path}: tensor {_called(files, name)}: expected {_names(_FP8)}, "
+                f"for which there are scales {row.scale_name(name)}, found {files[name].dtype.name}"
             )
         if fmt in ("e4m3", "e2m1"):
             scale = row.scale_name(name)

@@ -47,11 +47,11 @@ from quant import WHOLE, QArray, retile
 PARAMS = "params"
 CHUNK_BYTES = 32 << 20  # the least that a reader fetches at once
 
-_COPIED = (
+COPIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
-_COPIED_FOLDER = "encoding"  # the texts of a conversation format that has no template (dsjax.chat)
+COPIED_FOLDER = "encoding"  # the texts of a conversation format that has no template (dsjax.chat)
 
 
 def is_converted(folder: FilePath) -> bool:
@@ -139,8 +139,8 @@ def save(out: FilePath | str, source: FilePath | str, params: Tree, *, wait: boo
         context.memory.write_concurrent_bytes = largest + CHUNK_BYTES
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(out))
-        inside = sorted((source / _COPIED_FOLDER).glob("*"))
-        copied = [*_COPIED, *(f"{_COPIED_FOLDER}/{path.name}" for path in inside)]
+        inside = sorted((source / COPIED_FOLDER).glob("*"))
+        copied = [*COPIED, *(f"{COPIED_FOLDER}/{path.name}" for path in inside)]
         for name in copied:
             if (source / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)

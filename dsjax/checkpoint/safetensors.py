@@ -96,7 +96,7 @@ class Files(Mapping[str, Tensor]):
                 f"{folder}: expected {INDEX_FILE}, {SINGLE_FILE} or exactly one *.safetensors file, "
                 f"found {len(files)} *.safetensors files and no index"
             )
-        return cls(folder, {tensor.name: tensor for tensor in _read_tensors(folder / files[0])})
+        return cls(folder, {tensor.name: tensor for tensor in read_tensors(folder / files[0])})
 
     @property
     def folder(self) -> Path:
@@ -219,7 +219,7 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
     weight_map = _read_weight_map(index)
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(weight_map.values()):
-        for tensor in _read_tensors(folder / shard):
+        for tensor in read_tensors(folder / shard):
             name = tensor.name
             if name in tensors:
                 raise _bad_tensor(tensor.path, name, "it in one shard", f"it in {tensors[name].path.name} too")
@@ -249,7 +249,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_tensors(path: Path) -> list[Tensor]:
+def read_tensors(path: Path) -> list[Tensor]:
     """The checked header of one safetensors file, in the order of its bytes."""
     with _open_regular(path) as (file, size):
         if size < 8:

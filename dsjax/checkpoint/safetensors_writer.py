@@ -80,7 +80,7 @@ def _plan_shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
 
 
 def _write_shard(path: Path, specs: Sequence[Spec], stream: Iterator[np.ndarray]) -> None:
-    header, offsets = _plan_layout(specs)
+    header, offsets = plan_layout(specs)
     with os_errors(path), path.open("xb") as file:
         file.write(header)
         for spec in specs:
@@ -88,7 +88,7 @@ def _write_shard(path: Path, specs: Sequence[Spec], stream: Iterator[np.ndarray]
             _write_tensor(file, spec, next(stream, None))  # holds no array while the next is made
 
 
-def _plan_layout(specs: Sequence[Spec]) -> tuple[bytes, dict[str, int]]:
+def plan_layout(specs: Sequence[Spec]) -> tuple[bytes, dict[str, int]]:
     """The length-prefixed header of a shard, and the absolute offset of each of its tensors.
 
     Wide elements come first, as the official writer lays them out: with the data section at a multiple of 64 bytes

@@ -15,6 +15,8 @@ import jax
 
 from dsjax.cli import verbs
 from dsjax.cli.chat import chat
+from dsjax.cli.convert import add_flags as add_convert_flags
+from dsjax.cli.convert import convert
 from dsjax.cli.many import join, process_flags, refuse_many
 from dsjax.cli.plan import plan, size
 from dsjax.errors import InputError
@@ -163,11 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=verbs.inspect)
 
     p = commands.add_parser("convert", parents=[common], help="write a checkpoint in another format")
-    p.add_argument("model", type=Path, metavar="DIR")
-    p.add_argument("--to", choices=("orbax",), required=True, help="format")
+    add_convert_flags(p)
     _weights_flag(p)
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.set_defaults(run=verbs.convert)
+    p.set_defaults(run=convert)
 
     p = commands.add_parser("generate", parents=[common], help="continue prompts")
     _model_flags(p)
@@ -241,7 +241,7 @@ def _join(options: argparse.Namespace) -> Group | None:
     Raises:
       InputError: naming the flag, or the process.
     """
-    if options.run in (verbs.synth, verbs.inspect, verbs.convert) and not options.platform:
+    if options.run in (verbs.synth, verbs.inspect, convert) and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     if options.platform:
         jax.config.update("jax_platforms", options.platform)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 from dsjax.bench import bench as run_bench
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
-from dsjax.checkpoint.load import load
 from dsjax.checkpoint.names import open_files
 from dsjax.cli.common import (
     arrange,
@@ -25,7 +23,6 @@ from dsjax.cli.common import (
     numerics_of,
     print_json,
     sampling_of,
-    show_progress,
     stop_ids,
 )
 from dsjax.cli.conversation import LiveReply, reply_text, whole_reply
@@ -33,7 +30,7 @@ from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.cli.report import bench_table
 from dsjax.config import load_config
 from dsjax.errors import InputError
-from dsjax.files import check_new_file, check_new_folder, new_file
+from dsjax.files import check_new_file, new_file
 from dsjax.generate import Engine, check_ids
 from dsjax.params import accounting, tree_bytes
 from dsjax.synth import synth_config, synthesise
@@ -89,20 +86,6 @@ def inspect(options: argparse.Namespace) -> int:
     for problem in found:
         note(problem)
     return 1 if found else 0
-
-
-def convert(options: argparse.Namespace) -> int:
-    """`dsjax convert`."""
-    check_new_folder(options.out)
-    start = time.perf_counter()
-    _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=show_progress())
-    saved = orbax.save(options.out, options.model, params).nbytes
-    result = {"model": str(options.out), "bytes": saved, "seconds": time.perf_counter() - start}
-    if options.json:
-        print_json(result)
-    else:
-        print(f"{options.out}: {saved:,} bytes in {result['seconds']:.1f} s")
-    return 0
 
 
 def generate(options: argparse.Namespace) -> int:

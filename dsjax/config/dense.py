@@ -28,6 +28,7 @@ class DenseConfig:
     Attributes:
       qkv_bias: whether queries, keys and values have biases: Qwen2's do.
       tie_word_embeddings: whether the head is the embedding.
+      quantization: of a converted model; the distills are published in BF16.
     """
 
     model_type: str
@@ -46,7 +47,7 @@ class DenseConfig:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    quantization: Quantization | IntegerQuantization | None = None  # there are no FP8 files
+    quantization: Quantization | IntegerQuantization | None = None
 
     num_nextn_predict_layers: ClassVar[int] = 0
     num_experts_per_tok: ClassVar[int] = 0
@@ -119,7 +120,7 @@ def parse_dense(data: dict[str, Any], where: str) -> DenseConfig:
         max_position_embeddings=fields.integer("max_position_embeddings", default=131072),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=field_token_ids(fields, "eos_token_id", vocab_size),
-        quantization=parse_quantization(fields, ()),
+        quantization=parse_quantization(fields),
     )
     if config.head_dim % 2:
         raise fields.fail("head_dim", "an even number")

@@ -1,0 +1,130 @@
+"""The config.json of a result, so that this project, Hugging Face's and vLLM-like loaders know what the tensors are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsjax.convert.plan import Plan
+from dsjax.convert.targets import INT4_GROUP, Target
+from dsjax.errors import InputError
+from dsjax.params import EXPERT, FP8_BLOCK, LINEAR, MATRIX
+
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+FLOATS = frozenset(_DTYPES)
+
+_TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+"""Activations quantised for each token, as they come."""
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _formats(plan: Plan) -> tuple[dict[str, set[str]], list[str]]:
+    """Element formats in the result, by storage class, and what is left in floats of the quantised classes."""
+    formats: dict[str, set[str]] = {LINEAR: set(), EXPERT: set()}
+    floats = []
+    for job in plan.jobs:
+        part = job.parts[0]
+        if part.storage in formats:
+            element = job.encoding.element if job.encoding else part.element
+            formats[part.storage].add(element)
+            if element in _DTYPES:
+                floats.append(_module(job.codes.name))
+    return formats, floats
+
+
+def _matrices(plan: Plan) -> list[str]:
+    """Modules with a matrix that no target quantises, but for the embedding, which is looked up."""
+    found = []
+    for job in plan.jobs:
+        part = job.parts[0]
+        if part.row is not None and part.storage == MATRIX and part.row.path[-1] != "embed":
+            found.append(_module(job.codes.name))
+    return found
+
+
+def _compressed_tensors(target: Target, ignore: list[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": 8, "type": "int", "strategy": "channel", "group_size": None}
+    if target.name != "int8-channel":
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": INT4_GROUP}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**weights, "symmetric": True, "dynamic": False},
+        "input_activations": None if target.name == "int4-group" else dict(_TOKENS),
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if target.name == "int8-channel" else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def _fp8(target: Target, floats: list[str], v4: bool, old: dict[str, Any]) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": list(FP8_BLOCK),
+    }
+    pow2 = target.name in ("fp8-ue8m0", "mxfp4") or (target.kind == "float" and old.get("scale_fmt") == "ue8m0")
+    if pow2:
+        section["scale_fmt"] = "ue8m0"
+    elif v4:
+        section["scale_fmt"] = "float"
+    if floats:
+        section["modules_to_not_convert"] = floats
+    return section
+
+
+def rewritten(data: dict[str, Any], plan: Plan, target: Target, *, v4: bool) -> dict[str, Any]:
+    """The source's config.json, changed to describe the result.
+
+    Args:
+      data: the source's.
+      plan, target: what is written.
+      v4: whether experts may be FP4, and E8M0 the type of scales.
+
+    Raises:
+      InputError: if one config cannot describe the formats that would be left side by side.
+    """
+    formats, floats = _formats(plan)
+    found = formats[LINEAR] | formats[EXPERT]
+    result = {k: v for k, v in data.items() if k not in ("quantization_config", "expert_dtype")}
+    old = data.get("quantization_config") or {}
+    quantised = found - set(_DTYPES)
+    if target.kind == "int":
+        if len(quantised) > 1:
+            raise InputError(
+                f"--only: expected formats that one quantization_config describes, found {' and '.join(sorted(found))}"
+            )
+        if target.name == "int8-block":
+            section: dict[str, Any] = {
+                "activation_scheme": "dynamic",
+                "quant_method": "blockwise_int8",
+                "weight_block_size": list(FP8_BLOCK),
+            }
+            if floats:
+                section["ignored_layers"] = floats
+        else:
+            section = _compressed_tensors(target, _matrices(plan) + floats)
+        return {**result, "quantization_config": section}
+    if target.kind == "float":
+        key = "dtype" if "dtype" in data else "torch_dtype"
+        result[key] = _DTYPES[target.name]
+    if not quantised:
+        return result
+    if not v4 and not any(name in data for name in ("first_k_dense_replace", "kv_lora_rank")):
+        floats = ["lm_head", *floats]  # of a dense model, whose loaders do not take that for granted
+    section = _fp8(target, floats, v4, old)
+    if v4 and formats[EXPERT]:
+        nested = "expert_dtype" in old
+        value = "fp4" if "e2m1" in formats[EXPERT] else "fp8" if "e4m3" in formats[EXPERT] else None
+        if value is not None:
+            (section if nested else result)["expert_dtype"] = value
+    return {**result, "quantization_config": section}

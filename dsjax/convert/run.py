@@ -1,0 +1,332 @@
+"""A conversion from beginning to end: planned, shared out, resumed, put in its place, certified."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsjax.checkpoint.orbax import COPIED, COPIED_FOLDER, is_converted
+from dsjax.checkpoint.safetensors import INDEX_FILE, Files, read_tensors
+from dsjax.checkpoint.safetensors_writer import Spec
+from dsjax.config import V4Config, load_config, parse_config, read_json_object
+from dsjax.convert.certificate import CERTIFICATE, certificate, entry, options_of, part_bytes
+from dsjax.convert.config import FLOATS, rewritten
+from dsjax.convert.errors import Errors
+from dsjax.convert.hashing import hash_file
+from dsjax.convert.plan import CARRIED, Job, Options, Plan, make_plan
+from dsjax.convert.shard import ShardWriter
+from dsjax.convert.workspace import Growing, Workspace
+from dsjax.errors import InputError
+from dsjax.files import check_space
+from dsjax.params import EXPERT, LINEAR
+from dsjax.params import Path as Path_
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of several processes this is, and how many threads convert."""
+
+    index: int = 0
+    count: int = 1
+    threads: int = min(8, os.cpu_count() or 1)
+
+    def mine(self, number: int) -> bool:
+        return number % self.count == self.index
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run has done.
+
+    Attributes:
+      finished: whether the result is complete; else other processes have shards to do.
+      bytes: written by this run.
+      seconds: of this run.
+      certificate: of a complete result.
+    """
+
+    finished: bool
+    bytes: int
+    seconds: float
+    certificate: dict[str, Any] | None
+
+
+def check_places(source: Path, out: Path) -> None:
+    """Refuses to write into the source, or around it.
+
+    Raises:
+      InputError: naming both.
+    """
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise InputError(f"--out {out}: expected a folder apart from the source {source}, found one inside the other")
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Refuses a folder with something in it, unless it is a result that may be replaced.
+
+    Raises:
+      InputError: saying which.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise InputError(f"--out {out}: expected a folder, found something else")
+    if not any(out.iterdir()):
+        return
+    if not (out / CERTIFICATE).is_file():
+        raise InputError(f"--out {out}: expected no such folder, an empty one or a result, found something else in it")
+    if not force:
+        raise InputError(f"--out {out}: expected no finished result there (--force replaces it), found one")
+
+
+def _source_files(files: Files) -> list[Path]:
+    return sorted({tensor.path for tensor in files.values()})
+
+
+def _identity(files: Files, options: Options, shard_bytes: int) -> dict[str, Any]:
+    """What must be the same for a run to go on from another: options, and the source as far as a look tells."""
+    folder = files.folder
+    source = []
+    for path in [folder / "config.json", *_source_files(files)]:
+        stat = path.stat()
+        source.append([path.name, stat.st_size, stat.st_mtime_ns])
+    headers = hashlib.sha256()
+    for name, tensor in sorted(files.items()):
+        headers.update(repr((name, tensor.path.name, tensor.dtype.name, tensor.shape, tensor.offset)).encode())
+    return {**options_of(options), "shard_bytes": shard_bytes, "source": source, "headers": headers.hexdigest()}
+
+
+def _check_stacks(plan: Plan, options: Options) -> None:
+    """Refuses formats that differ among the layers and experts that a model here holds as one array; floats may.
+
+    Raises:
+      InputError: naming the flag and two tensors.
+    """
+    seen: dict[Path_, tuple[str, str]] = {}
+    for job in plan.jobs:
+        for part in job.parts:
+            if part.row is None or part.storage not in (LINEAR, EXPERT):
+                continue
+            element = job.encoding.element if job.encoding else part.element
+            first, name = seen.setdefault(part.row.path, (element, part.name))
+            if element != first and not {element, first} <= FLOATS:
+                raise InputError(
+                    f"--only {options.only}: expected layers and experts to stay alike, "
+                    f"found {name} in {first}, {part.name} in {element}"
+                )
+
+
+def _check_source(source: Path) -> None:
+    """Refuses what cannot be converted from.
+
+    Raises:
+      InputError: saying what it is.
+    """
+    if is_converted(source):
+        raise InputError(f"{source}: expected a checkpoint in safetensors, found an Orbax folder")
+    path = source / "config.json"
+    section = read_json_object(path).get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if method not in (None, "fp8"):
+        raise InputError(f"{path}: quant_method: expected fp8 or none of a source, found {str(method)[:40]!r}")
+
+
+class _Conversion:
+    """One process's part."""
+
+    def __init__(
+        self, source: Path, out: Path, options: Options, share: Share, shard_bytes: int, progress: bool
+    ) -> None:
+        _check_source(source)
+        self._config = load_config(source)
+        self._files = Files.open(source)
+        self._options, self._share, self._progress = options, share, progress
+        self._plan = make_plan(self._files, self._config, options, shard_bytes)
+        v4 = isinstance(self._config, V4Config)
+        self._config_json = rewritten(read_json_object(source / "config.json"), self._plan, options.target, v4=v4)
+        _check_stacks(self._plan, options)
+        if options.target.kind != "int":
+            parse_config(self._config_json, str(out / "config.json"))
+        self._identity = _identity(self._files, options, shard_bytes)
+        self._space = Workspace(out)
+        self._source = source
+        self._written, self._stop = 0, False
+        self._counting = threading.Lock()
+
+    def run(self, force: bool) -> Outcome:
+        start = time.perf_counter()
+        space = self._space
+        if not space.placed:
+            check_out(space.out, force)
+        if not space.begin(self._identity, force=force):
+            self._work()
+            if not self._all_done():
+                return Outcome(False, self._written, time.perf_counter() - start, None)
+        space.finish(self._complete, force=force)
+        made = read_json_object(space.out / CERTIFICATE)
+        return Outcome(True, self._written, time.perf_counter() - start, made)
+
+    # --- shards ---
+
+    def _work(self) -> None:
+        mine = [i for i in range(len(self._plan.shards)) if self._share.mine(i)]
+        todo = [i for i in mine if self._space.record(_shard_record(i)) is None]
+        needed = sum(job.nbytes for i in todo for job in self._plan.shards[i])
+        check_space(self._space.folder, needed)
+        bar = tqdm(total=needed, unit="B", unit_scale=True, desc=self._options.target.name, disable=not self._progress)
+        with bar, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
+            hashing = reader.submit(self._hash_sources)
+            pending: Future[None] | None = None
+            growing: Growing | None = None
+            try:
+                for i in todo:
+                    growing = self._space.grow(self._space.result / self._plan.shard_name(i))
+                    errors = self._convert(i, growing, bar)
+                    if pending is not None:
+                        pending.result()
+                    pending = finisher.submit(self._record, i, errors, growing)
+                    growing = None
+                if pending is not None:
+                    pending.result()
+                hashing.result()
+            except BaseException:
+                self._stop = True
+                if growing is not None:
+                    growing.discard()
+                raise
+
+    def _convert(self, i: int, growing: Growing, bar: Any) -> list[list[Errors]]:
+        """Writes a shard, and, whole, the scales it leaves behind."""
+        jobs, space = self._plan.shards[i], self._space
+
+        def wrote(count: int) -> None:
+            with self._counting:
+                self._written += count
+                bar.update(count)
+
+        writer = ShardWriter(self._plan, self._config, jobs, wrote)
+        errors = writer.write(growing.descriptor, growing.path, self._share.threads)
+        if any(job.carried for job in jobs):
+            space.put_file(space.result / CARRIED / growing.path.name, writer.carried)
+        return errors
+
+    def _record(self, i: int, errors: list[list[Errors]], growing: Growing) -> None:
+        """Waits for the disk, hashes the shard, and notes that it is finished; the next is made meanwhile."""
+        growing.commit()
+        jobs, name, space = self._plan.shards[i], self._plan.shard_name(i), self._space
+        hashed = {name: hash_file(space.result / name, read_tensors(space.result / name))}
+        if any(job.carried for job in jobs):
+            hashed[f"{CARRIED}/{name}"] = hash_file(space.result / CARRIED / name)
+        entries = {
+            part.name: [entry(job, part, found), part_bytes(job, part)]
+            for job, row in zip(jobs, errors, strict=True)
+            for part, found in zip(job.parts, row, strict=True)
+        }
+        space.put_record(_shard_record(i), {"files": hashed, "entries": entries})
+
+    def _hash_sources(self) -> None:
+        """Hashes the source's files, while they are read for conversion and in memory."""
+        for i, path in enumerate(_source_files(self._files)):
+            if self._share.mine(i) and not self._stop and self._space.record(_source_record(i)) is None:
+                tensors = [tensor for tensor in self._files.values() if tensor.path == path]
+                self._space.put_record(_source_record(i), {path.name: hash_file(path, tensors)})
+
+    def _all_done(self) -> bool:
+        records = [_shard_record(i) for i in range(len(self._plan.shards))]
+        records += [_source_record(i) for i in range(len(_source_files(self._files)))]
+        return all((self._space.state / name).exists() for name in records) or not self._space.folder.exists()
+
+    # --- the rest ---
+
+    def _complete(self) -> None:
+        space, plan = self._space, self._plan
+        hashed: dict[str, dict[str, Any]] = {}
+        entries: dict[str, Any] = {}
+        for i in range(len(plan.shards)):
+            record = space.record(_shard_record(i))
+            assert record is not None
+            hashed |= record["files"]
+            entries |= {name: (one, tuple(sizes)) for name, (one, sizes) in record["entries"].items()}
+        sources: dict[str, dict[str, Any]] = {}
+        for i in range(len(_source_files(self._files))):
+            sources |= space.record(_source_record(i)) or {}
+        small = [INDEX_FILE, "config.json"]
+        _put_index(space, space.result, plan, lambda job: job.specs)
+        if any(job.carried for job in plan.jobs):
+            _put_index(space, space.result / CARRIED, plan, lambda job: (job.carried,) if job.carried else ())
+            small.append(f"{CARRIED}/{INDEX_FILE}")
+        space.put_json(space.result / "config.json", self._config_json, indent=2)
+        for name in _copied(self._source):
+            space.put_copy(self._source / name, space.result / name)
+            small.append(name)
+        for name in small:
+            hashed[name] = hash_file(space.result / name)
+        made = certificate(self._options, sources, hashed, entries)
+        space.put_json(space.result / CERTIFICATE, made, indent=1)
+
+
+def _shard_record(i: int) -> str:
+    return f"shard-{i:06d}.json"
+
+
+def _source_record(i: int) -> str:
+    return f"source-{i:06d}.json"
+
+
+def _put_index(space: Workspace, folder: Path, plan: Plan, specs: Callable[[Job], tuple[Spec, ...]]) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, jobs in enumerate(plan.shards):
+        for job in jobs:
+            for spec in specs(job):
+                weight_map[spec.name] = plan.shard_name(i)
+                total += spec.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    space.put_json(folder / INDEX_FILE, index, indent=2)
+
+
+def _copied(source: Path) -> list[str]:
+    """Small files that belong to the model whatever its weights are, config.json apart."""
+    inside = [f"{COPIED_FOLDER}/{path.name}" for path in sorted((source / COPIED_FOLDER).glob("*")) if path.is_file()]
+    return [name for name in (*COPIED, *inside) if name != "config.json" and (source / name).is_file()]
+
+
+def convert(
+    source: Path,
+    out: Path,
+    options: Options,
+    *,
+    share: Share | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+    progress: bool = False,
+) -> Outcome:
+    """Converts a checkpoint folder into another, or goes on where a run before has stopped.
+
+    Args:
+      source: a checkpoint folder; it is not touched.
+      out: the result; it appears when it is whole.
+      options: format, names, and which tensors.
+      share: of several processes that work on the same result and need not know each other.
+      shard_bytes: largest shard, unless one weight is larger.
+      force: replace a finished result, throw away an unfinished one of something else.
+      progress: a bar on standard error.
+
+    Raises:
+      InputError: for a source that is damaged or cannot become this, or a place that cannot be written. Finished
+        shards stay for the next run.
+    """
+    check_places(source, out)
+    return _Conversion(source, out, options, share or Share(), shard_bytes, progress).run(force)
