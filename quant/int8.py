@@ -5,9 +5,9 @@ channel over the whole row, or over blocks and groups of 128 channels, whose sum
 Activations are quantised per token as they come ("dynamic"), or per token and 128 channels where weights have 128 x 128
 blocks.
 
-Two forms, as in `quant.matmul`. Up to the form's `fused_tokens`, decoding, product and sum are one loop over the stored
-bytes: int16 products, int32 sums. Else `dot_general` of int8 to int32, which is what a compiler for integer matrix
-units looks for. Where one scale spans a row, both give the same bits.
+Two forms, as in `quant.matmul`. Up to the form's `fused_tokens` on a CPU, decoding, product and sum are one loop over
+the stored bytes: int16 products, int32 sums. Else, and on any other platform, `dot_general` of int8 to int32, which is
+what a compiler for integer matrix units looks for. Where one scale spans a row, both give the same bits.
 """
 
 from __future__ import annotations
@@ -264,7 +264,10 @@ def _fused_form(
 def int8_tile_dot(tile: QArray, rows: Int8Rows, form: Form = FUSED) -> Float32[Array, "*lead T N"]:
     """Rows [*lead, T, K] with a tile [*lead, N, K]; the tile should be a slice, which is then read in place."""
     fused = _fused_form(tile.shape, tile, rows.shape[-2], rows.group, form)
-    return (fused or _plain_dot)(tile, rows)
+    if fused is None:
+        return _plain_dot(tile, rows)
+    y: jax.Array = lax.platform_dependent(tile, rows, cpu=fused, default=_plain_dot)
+    return y
 
 
 # --- one matrix of a stack, and several ------------------------------------------------------------------------------
