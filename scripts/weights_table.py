@@ -1,7 +1,7 @@
 """What each choice of --weights costs: logits and perplexity against float32, of small trained models; docs/weights.md.
 
     ./scripts/test --parity                                       # once: .venv with PyTorch and transformers
-    .venv/bin/python scripts/weights_table.py [--steps 500] [--out docs/weights.md] [--keep DIR]
+    .venv/bin/python scripts/weights_table.py [--steps 700] [--out docs/weights.md] [--keep DIR]
 
 Two models of bytes, a V3 (latent attention, routed and shared experts) and a Qwen2, are trained by Hugging Face's code
 on this project's own text (its documents and sources) until they predict it far better than its byte frequencies do,
@@ -150,8 +150,9 @@ def rows_of(folder: Path, tokens: np.ndarray, trained: bool) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--out", type=Path, help="the tables go behind the first heading of the last level there")
+    parser.add_argument("--random", default="deepseek-v3.2", help=f"presets, of {', '.join(RANDOM)} (slow)")
     parser.add_argument("--keep", type=Path, help="where models are kept, and found again")
     options = parser.parse_args()
     keep = options.keep or Path(tempfile.mkdtemp(prefix="dsjax-weights-"))
@@ -163,20 +164,20 @@ def main() -> None:
         folder = keep / name
         if not (folder / "config.json").is_file():
             train(name, folder, options.steps, data[:cut])
-        parts += ["", f"## {title}", "", *rows_of(folder, held_out, True)]
-    for preset, (layers, settings) in RANDOM.items():
+        parts += ["", f"### {title}", "", *rows_of(folder, held_out, True)]
+    for preset in filter(None, options.random.split(",")):
+        layers, settings = RANDOM[preset]
         folder = keep / preset
         if not folder.exists():
             more = SMALL_V4 if "v4" in preset else SMALL_V3
             config = synth_config(preset, layers=layers, settings=SMALL | more | settings)
             synthesise(folder, config, template=preset)
         tokens = np.random.default_rng(3).integers(2, 512, (4, 65))
-        parts += ["", f"## {preset}, random weights", "", *rows_of(folder, tokens, False)]
+        parts += ["", f"### {preset}, random weights", "", *rows_of(folder, tokens, False)]
     result = "\n".join(parts)
     if options.out:
-        marker = "<!-- scripts/weights_table.py -->"
-        before = options.out.read_text(encoding="utf-8").split(marker)[0] if options.out.exists() else ""
-        options.out.write_text(f"{before}{marker}\n{result}\n", encoding="utf-8")
+        before = options.out.read_text(encoding="utf-8").split("\n### ")[0] if options.out.exists() else ""
+        options.out.write_text(f"{before.rstrip()}\n{result}\n", encoding="utf-8")
     print(result)
 
 
