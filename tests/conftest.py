@@ -33,8 +33,24 @@ def v4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONG = (
-    *("test_parallel", "test_v4_laws", "test_emulator_v4", "test_v4_native", "test_parallel_native", "test_v32_laws"),
-    *("test_full_size", "test_v4_full_size", "test_parity_live", "test_laws", "test_many_processes", "test_processes"),
+    *(
+        "test_parallel",
+        "test_v4_laws",
+        "test_emulator_v4",
+        "test_aot",
+        "test_v4_native",
+        "test_parallel_native",
+        "test_v32_laws",
+    ),
+    *(
+        "test_full_size",
+        "test_v4_full_size",
+        "test_int8_model",
+        "test_parity_live",
+        "test_laws",
+        "test_many_processes",
+        "test_processes",
+    ),
 )
 """Files of few tests that take minutes, by no means all in order."""
 
