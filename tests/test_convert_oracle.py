@@ -33,7 +33,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("to", [t if t in QUICK else pytest.param(t, marks=pytest.mark.full) for t in TARGETS])
 def test_certificates(to: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    """Hashes, formats, exactness and errors of every tensor; FP4 not exact in FP8 only where no power of two would be."""
+    """Hashes, formats, exactness, errors of every tensor; FP4 is not exact in FP8 where no power of two would be."""
     for name, source in sources.items():
         if to == "mxfp4" and name != "v4":
             continue
