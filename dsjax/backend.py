@@ -32,15 +32,15 @@ def _accepted(name: str, value: Any) -> bool:
 def cache_placement(sharding: Sharding, cache: Any, platform: str) -> Any:
     """Where a cache's array lies, for `in_shardings` and `out_shardings`, both of them.
 
-    Row-major everywhere. Left to itself XLA:TPU puts positions last, where a row's odd width needs no padding, and then
-    copies the whole donated cache into the order of the step's loops and back, every step.
+    Row-major everywhere, which XLA:TPU has to be told. Left to itself it puts positions last, where a row's odd width
+    needs no padding, and then copies the whole donated cache into the order of the step's loops and back, every step.
 
     Args:
       sharding: of the array.
       cache: the array, or its shape.
       platform: of its devices.
     """
-    return sharding if platform == "cpu" else Format(Layout(tuple(range(cache.ndim))), sharding)
+    return Format(Layout(tuple(range(cache.ndim))), sharding) if platform == "tpu" else sharding
 
 
 LANES = 128
@@ -58,9 +58,7 @@ def weight_placement(sharding: Sharding, weight: Any, platform: str) -> Any:
       weight: the array, or its shape.
     """
     held = sharding.shard_shape(weight.shape)
-    if platform == "cpu" or not held or held[-1] < LANES:
-        return sharding
-    return Format(Layout(tuple(range(weight.ndim))), sharding)
+    return cache_placement(sharding, weight, platform) if held and held[-1] >= LANES else sharding
 
 
 def place(weight: Any, where: Any) -> jax.Array:

@@ -113,6 +113,8 @@ def bench(
     fresh = max(before, read_fresh(files, nbytes))
     reused = max(reused, read_reused(files, nbytes))
     read, copy = memory_bandwidth(device)
+    cards = parallel.mesh.size if parallel is not None and device.platform != "cpu" else 1  # CPU devices share memory
+    together = tpot * cards if tpot else None
     return {
         "model": str(folder),
         "numerics": numerics.mode,
@@ -138,8 +140,8 @@ def bench(
         "decode_tokens_per_s": batch / tpot if tpot else None,
         "read_bytes_per_s": read,
         "copy_bytes_per_s": copy,
-        "bandwidth_utilisation": active / tpot / read if tpot else None,
-        "copy_bandwidth_utilisation": active / tpot / copy if tpot else None,
+        "bandwidth_utilisation": active / together / read if together else None,
+        "copy_bandwidth_utilisation": active / together / copy if together else None,
         "peak_rss_bytes": peak,
         **soaked,
     }

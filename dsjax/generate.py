@@ -102,7 +102,8 @@ class Memory:
         if self.cache is None or self.cache.capacity != capacity or lost:
             self.cache, self.ids, self.furthest = None, [], 0
             return 0
-        self.cache = rollback(self.cache, jnp.full(self.cache.length.shape, len(self.ids) - known, jnp.int32))
+        back = jnp.zeros(self.cache.length.shape, jnp.int32).at[0].set(len(self.ids) - known)  # other slots are empty
+        self.cache = rollback(self.cache, back)
         del self.ids[known:]
         return known
 
@@ -378,13 +379,14 @@ class Engine:
 
     def _scoring(self, cache: Any, draft_cache: Any) -> tuple[Any, Any]:
         """The step and the draft that give all logits; the draft None without its cache."""
-        if "scoring" not in self._compiled:
+        key = "scoring", draft_cache is not None
+        if key not in self._compiled:
             logits = self.parallel.logits_spec(positions=True) if self.parallel else EVERYWHERE
             hidden = self.parallel.hidden_spec() if self.parallel else EVERYWHERE
             given = self.config, self.numerics, self.rules
             outputs, tokens = [logits, hidden], [EVERYWHERE] * 2
             step = self._program(partial(_scored_step, *given), cache, tokens, outputs)
             draft = self._program(partial(_scored_draft, *given), draft_cache, [hidden, *tokens], outputs)
-            self._compiled["scoring"] = step, draft
-        found: tuple[Any, Any] = self._compiled["scoring"]
+            self._compiled[key] = step, draft
+        found: tuple[Any, Any] = self._compiled[key]
         return found

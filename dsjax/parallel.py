@@ -13,9 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.backend import cache_placement, weight_placement
+from dsjax.backend import cache_placement, place, weight_placement
 from dsjax.checkpoint.load import LoadStats, load
-from dsjax.config import Config
+from dsjax.config import Config, V4Config
 from dsjax.errors import InputError
 from dsjax.layout import Layout, layout
 from dsjax.models.ends import vocabulary_axes
@@ -155,6 +155,10 @@ def parallel(
     Raises:
       InputError: if the plan cannot work, for this model or on these devices.
     """
+    if spmd == "auto" and dispatch != "auto":
+        raise InputError(f"--dispatch {dispatch}: expected --spmd manual, whose program sends tokens, found auto")
+    if o_groups != "split" and not isinstance(config, V4Config):
+        raise InputError(f"--o-groups {o_groups}: expected deepseek_v4, found {config.model_type}")
     found = layout(config, plan, attention, numerics, o_groups, dispatch)
     try:
         mesh = make_mesh(plan, found.inner, devices)
@@ -175,7 +179,8 @@ def load_onto(parallel: Parallel | None, folder: Path | str, **options: Any) -> 
     """`checkpoint.load.load` onto a mesh, or onto one device; every device reads its own part."""
     if parallel is None:
         return load(folder, **options)
-    return load(folder, sharding=parallel.sharding, cut=parallel.cut, **options)
+    config, params, stats = load(folder, sharding=parallel.sharding, cut=parallel.cut, **options)
+    return config, jax.tree.map(place, params, parallel.weight_placement(params)), stats
 
 
 def to_host(array: jax.Array) -> np.ndarray:

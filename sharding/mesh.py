@@ -32,7 +32,7 @@ class Plan:
         return math.prod(getattr(self, axis) for axis in AXES)
 
     def __str__(self) -> str:
-        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "one device"
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "tp=1"
 
 
 def parse_plan(text: str) -> Plan:
@@ -104,7 +104,7 @@ def make_mesh(plan: Plan, inner: int = 1, devices: Sequence[jax.Device] | None =
     if plan.devices > len(found):
         raise ValueError(f"mesh plan {plan} needs {plan.devices} devices, found {len(found)}")
     used = found[: plan.devices]
-    processes = {d.process_index for d in found}
+    processes = {d.process_index for d in found} if jax.process_count() > 1 else set()
     if idle := processes - {d.process_index for d in used}:
         raise ValueError(
             f"mesh plan {plan}: expected one that uses devices of all {len(processes)} processes, found "

@@ -266,7 +266,7 @@ def test_processes_that_differ(what: str, start: Start) -> None:
     ("flags", "message"),
     [
         (["--mesh", "dp=4"], "mesh plan dp=4 needs 4 devices, found 2"),
-        (["--mesh", "dp=1"], "mesh plan one device: expected one that uses devices of all 2 processes"),
+        (["--mesh", "dp=1"], "mesh plan tp=1: expected one that uses devices of all 2 processes"),
         ([], "2 processes: expected --mesh, found none"),
     ],
 )

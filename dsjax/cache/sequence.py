@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import jax
@@ -57,13 +57,18 @@ def extract(cache: Cache | V4Cache, slot: int) -> SequenceState:
     return SequenceState(STATE_VERSION, length, arrays)
 
 
-@partial(jax.jit, donate_argnums=0)
 def _insert(cache: Any, slot: jax.Array, rows: dict[str, jax.Array], length: jax.Array) -> Any:
     arrays = {
         name: lax.dynamic_update_slice_in_dim(array, rows[name][:, None], slot, axis=1)
         for name, (array, _) in cache.kept(0).items()
     }
     return cache.updated(arrays, cache.length.at[slot].set(length))
+
+
+@lru_cache(maxsize=16)
+def _inserting(held: tuple[Any, ...], tree: Any) -> Any:
+    """`_insert` for a cache whose arrays lie so, and stay there: a step takes no other."""
+    return jax.jit(_insert, donate_argnums=0, out_shardings=jax.tree.unflatten(tree, held))
 
 
 def insert(cache: AnyCache, slot: int, state: SequenceState) -> AnyCache:
@@ -91,5 +96,6 @@ def insert(cache: AnyCache, slot: int, state: SequenceState) -> AnyCache:
             )
         rows[name] = np.zeros((layers, size, width), found.dtype)
         rows[name][:, places] = found
-    inserted: AnyCache = _insert(cache, jnp.int32(slot), rows, jnp.int32(state.length))
+    held, tree = jax.tree.flatten(jax.tree.map(lambda a: a.format, cache))
+    inserted: AnyCache = _inserting(tuple(held), tree)(cache, jnp.int32(slot), rows, jnp.int32(state.length))
     return inserted

@@ -12,7 +12,7 @@ from dsjax.aot import ahead_of_time
 from dsjax.cli.common import numerics_of, print_json
 from dsjax.errors import InputError
 from dsjax.plan import Cards, Load, answer, load_chip, load_model
-from sharding import Plan, parse_plan
+from sharding import parse_plan
 
 _UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -42,8 +42,7 @@ def plan(options: argparse.Namespace) -> int:
     result = answer(model, cards, load, options.mesh, options.attention)
     if options.aot is not None:
         jax.config.update("jax_platforms", "cpu")  # no device is wanted, only a compiler
-        mesh = Plan() if result["mesh"] == str(Plan()) else parse_plan(result["mesh"])
-        result["aot"] = ahead_of_time(model, mesh, result["attention"], load, options.aot)
+        result["aot"] = ahead_of_time(model, parse_plan(result["mesh"]), result["attention"], load, options.aot)
     if options.json:
         print_json(result)
     else:

@@ -51,4 +51,6 @@ def check_memory(model: Model, load: Load, layout: Layout, devices: Sequence[jax
     placed = Candidate(Placement(model, layout), load, cards)
     if sum(placed.parts[part] for part in HELD) > limit:
         instead = alternatives(model, cards, load, [placed], free=False)
-        raise InputError(f"not enough memory: {misfit(placed, instead)}")
+        share = "; JAX takes three quarters of a GPU's memory unless XLA_CLIENT_MEM_FRACTION says otherwise"
+        hint = share if here[0].platform in ("gpu", "cuda", "rocm") else ""
+        raise InputError(f"not enough memory: {misfit(placed, instead)}{hint}")
