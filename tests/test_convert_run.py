@@ -303,10 +303,6 @@ def test_unsupported(small: Path, tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, run(tmp_path / "none", "--to", "bf16", *out), "none")
     refused(capsys, run("--verify", small), "certificate.json")
     refused(capsys, run("--verify", small, "--to", "bf16"), "--verify")
-    converted = tmp_path / "int8"
-    assert main([str(a) for a in run(small, "--to", "int8-channel", "--out", converted)]) == 0
-    refused(capsys, run(converted, "--to", "bf16", *out), "quant_method", "compressed-tensors")
-    assert beside(converted) == ["int8"]
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import cached_property
 from typing import Any, ClassVar
 
 from dsjax.config.fields import Fields, Quantization, parse_fp8
@@ -51,9 +52,18 @@ class IntegerQuantization:
     pow2: ClassVar[bool] = False
     scale_fmt: ClassVar[str | None] = None
 
+    @cached_property
+    def _ignored(self) -> frozenset[str]:
+        """A model of many experts may leave as many modules alone."""
+        return frozenset(self.ignore)
+
+    @cached_property
+    def _ignored_patterns(self) -> tuple[str, ...]:
+        return tuple(target for target in self.ignore if target.startswith("re:"))
+
     def format_of(self, module: str) -> str | None:
         """How a module's weight is stored; None for floats."""
-        if any(_matches(module, target) for target in self.ignore):
+        if module in self._ignored or any(_matches(module, target) for target in self._ignored_patterns):
             return None
         for group in self.groups:
             if any(_matches(module, target) for target in group.targets):

@@ -47,8 +47,7 @@ def entry(job: Job, part: Part, errors: Errors) -> dict[str, Any]:
 
 def part_bytes(job: Job, part: Part) -> tuple[int, int]:
     """Of a part in the source, and its share of the job's in the result."""
-    source = part.tensor.nbytes + (part.scales.nbytes if part.scales is not None else 0)
-    return source, job.nbytes // len(job.parts)
+    return part.nbytes, job.nbytes // len(job.parts)
 
 
 _LARGEST = ("max_abs_error", "max_rel_error", "relative_norm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsjax.config import Config, IntegerQuantization
 from dsjax.convert.plan import Plan
 from dsjax.convert.targets import INT4_GROUP, Target
 from dsjax.errors import InputError
@@ -12,6 +13,7 @@ from dsjax.params import EXPERT, FP8_BLOCK, LINEAR, MATRIX
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 FLOATS = frozenset(_DTYPES)
+INTEGERS = frozenset(("int8", "int4"))
 
 _TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 """Activations quantised for each token, as they come."""
@@ -82,6 +84,39 @@ def _fp8(target: Target, floats: list[str], v4: bool, old: dict[str, Any]) -> di
     return section
 
 
+def _undescribed(found: set[str]) -> InputError:
+    return InputError(
+        f"--only: expected formats that one quantization_config describes, found {' and '.join(sorted(found))}"
+    )
+
+
+def check_described(config: Config, plan: Plan) -> None:
+    """Refuses integers that a result's config does not describe, and floats that it takes for integers.
+
+    Args:
+      config: parsed from the result's config.json.
+      plan: what is written.
+
+    Raises:
+      InputError: naming a tensor.
+    """
+    said = config.quantization
+    for job in plan.jobs:
+        part = job.parts[0]
+        if part.storage not in (LINEAR, EXPERT):
+            continue
+        held = job.encoding or part.source
+        found = held.element + "-block" * (held.element == "int8" and held.block == FP8_BLOCK)
+        wanted = None
+        if isinstance(said, IntegerQuantization):
+            wanted = said.format_of(_module(job.codes.name.removesuffix("_packed")))
+        if found != wanted and (held.integers or wanted is not None):
+            raise InputError(
+                f"--only: expected formats that one quantization_config describes, "
+                f"found {found} in {job.codes.name}, which it calls {wanted or 'floats'}"
+            )
+
+
 def rewritten(data: dict[str, Any], plan: Plan, target: Target, *, v4: bool) -> dict[str, Any]:
     """The source's config.json, changed to describe the result.
 
@@ -95,14 +130,13 @@ def rewritten(data: dict[str, Any], plan: Plan, target: Target, *, v4: bool) -> 
     """
     formats, floats = _formats(plan)
     found = formats[LINEAR] | formats[EXPERT]
+    integers = found & INTEGERS
     result = {k: v for k, v in data.items() if k not in ("quantization_config", "expert_dtype")}
     old = data.get("quantization_config") or {}
     quantised = found - set(_DTYPES)
+    if integers and (integers != quantised or (target.kind == "int" and len(integers) > 1)):
+        raise _undescribed(found)
     if target.kind == "int":
-        if len(quantised) > 1:
-            raise InputError(
-                f"--only: expected formats that one quantization_config describes, found {' and '.join(sorted(found))}"
-            )
         if target.name == "int8-block":
             section: dict[str, Any] = {
                 "activation_scheme": "dynamic",
@@ -119,6 +153,11 @@ def rewritten(data: dict[str, Any], plan: Plan, target: Target, *, v4: bool) -> 
         result[key] = _DTYPES[target.name]
     if not quantised:
         return result
+    if integers:
+        key = "ignored_layers" if old.get("quant_method") == "blockwise_int8" else "ignore"
+        ignored = list(old.get(key) or [])
+        more = [name for name in floats if name not in set(ignored)]
+        return {**result, "quantization_config": {**old, key: ignored + more}}
     if not v4 and not any(name in data for name in ("first_k_dense_replace", "kv_lora_rank")):
         floats = ["lm_head", *floats]  # of a dense model, whose loaders do not take that for granted
     section = _fp8(target, floats, v4, old)

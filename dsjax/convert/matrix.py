@@ -43,7 +43,7 @@ class Origin:
     """What a matrix was, as far as verdicts and old scales depend on it.
 
     Attributes:
-      element: "e4m3", "e2m1", "bf16", "f16" or "f32".
+      element: "e4m3", "e2m1", "int8", "int4", "bf16", "f16" or "f32".
       scales: float32 [blocks], of the strip in the grid of the target's blocks: scales that the values came from, to be
         used again where that gives the same values; NaN or zero where there is none.
     """
@@ -194,7 +194,7 @@ def convert_strip(source: Source, origin: Origin, encoding: Encoding, codes: np.
 
 def explain(errors: Errors, source: Source, encoding: Encoding, differ: np.ndarray, columns: slice) -> None:
     """Notes what of the old scales explains that values differ."""
-    if source.scales is None:
+    if source.scales is None or source.integers:
         return
     r = differ.shape[0]
     wrong = _block_any(differ, FP8_BLOCK, (r, differ.shape[1]))[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dsjax.checkpoint.agreement import agree, has_block_draft, tensor_format
+from dsjax.checkpoint.integers import integer_types, rename
 from dsjax.checkpoint.names import official, official_name
 from dsjax.checkpoint.safetensors import DTYPES, Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec
@@ -17,7 +18,7 @@ from dsjax.config import Config, V4Config
 from dsjax.convert.names import hugging_face_name, scale_name, stack_of
 from dsjax.convert.targets import Encoding, Target, shape_name, tensor_names
 from dsjax.errors import InputError
-from dsjax.params import EXPERT, FP4_BLOCK, FP8_BLOCK, LINEAR, Row, is_mtp, matrix_shape, table
+from dsjax.params import EXPERT, INTEGERS, LINEAR, Row, Stored, is_mtp, matrix_shape, table
 
 UNUSED = "unused"
 """The class of what is recognised, carried along and run by nobody."""
@@ -25,11 +26,13 @@ UNUSED = "unused"
 CARRIED = "original_scales"
 """The folder, beside a result in other formats, that holds the scales of the source, by the weights' names."""
 
-_SOURCES = {
-    "e4m3": (FP8_BLOCK, "F8_E4M3"),
-    "e2m1": (FP4_BLOCK, "I8"),
-    **{name: (None, name.upper()) for name in ("bf16", "f16", "f32")},
-}
+_FLOATS = ("bf16", "f16", "f32")
+
+_SCALES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""Other types of scales are E8M0's."""
+
+_SHAPE_BYTES = 16
+"""Of N and K beside packed INT4 codes, two int64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Part:
       row: of the table; None for what is not used.
       element: "e4m3", ... for matrices that may be converted, else the type of the file in small letters.
       shape: [N, K]; of other tensors, their own.
+      block: rows and channels that share a scale; 0 channels are a whole row.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Part:
     row: Row | None
     element: str
     shape: tuple[int, ...]
+    block: tuple[int, int] = (1, 0)
 
     @property
     def storage(self) -> str:
@@ -62,10 +67,14 @@ class Part:
         """Of a matrix with an element format."""
         if self.scales is None:
             return Encoding(self.element)
-        scales = "f32" if self.scales.dtype == np.float32 else "e8m0"
-        block, _ = _SOURCES[self.element]
-        assert block is not None
-        return Encoding(self.element, scales, block, scales == "e8m0")
+        scales = _SCALES.get(self.scales.dtype.name, "e8m0")
+        return Encoding(self.element, scales, self.block, scales == "e8m0")
+
+    @property
+    def nbytes(self) -> int:
+        """In the files, with what belongs to it."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.tensor.nbytes + scales + (_SHAPE_BYTES if self.element == "int4" else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Job:
     Attributes:
       parts: in the order of their rows.
       encoding: what matrices become; None: their bytes are kept, and their scales'.
-      codes, scales, shape: the tensors; `shape` holds N and K of INT4 codes.
+      codes, scales, shape: the tensors; `shape` holds N and K of packed INT4 codes.
       carried: holds the scales of the source, in a file of its own.
     """
 
@@ -127,19 +136,18 @@ def _parts(named: Files, config: Config) -> Iterator[Part]:
     for name, tensor in sorted(named.items(), key=lambda item: (order[item[1].path], item[1].offset, item[0])):
         row = rows.get(name)
         if row is None:
-            if scales.get(name) in named:
+            if scales.get(name) in named or name.removesuffix("_shape") in rows:
                 continue
             yield Part(_own_name(tensor, name), name, tensor, None, None, _file_type(tensor), tensor.shape)
             continue
-        element = tensor_format(row, tensor.dtype, config)
-        shape = matrix_shape(row, config)
-        if element in ("e4m3", "e2m1"):
-            yield Part(_own_name(tensor, name), name, tensor, named[row.scale_name(name)], row, element, shape)
-        elif row.storage in (LINEAR, EXPERT) and element not in _SOURCES:
-            raise InputError(f"{tensor.path}: tensor {tensor.name}: expected a float, FP8 or FP4, found {element}")
+        integers = integer_types(named, row, name, config)
+        fmt = tensor_format(row, tensor.dtype, config) if integers is None else integers[tensor.dtype]
+        own, shape = _own_name(tensor, name), matrix_shape(row, config)
+        if fmt in ("e4m3", "e2m1", *INTEGERS):
+            element = fmt.removesuffix("-block")
+            yield Part(own, name, tensor, named[row.scale_name(name)], row, element, shape, Stored(fmt).block)
         else:
-            element = element if element in _SOURCES else _file_type(tensor)
-            yield Part(_own_name(tensor, name), name, tensor, None, row, element, shape)
+            yield Part(own, name, tensor, None, row, fmt if fmt in _FLOATS else _file_type(tensor), shape)
 
 
 def _file_type(tensor: Tensor) -> str:
@@ -147,17 +155,29 @@ def _file_type(tensor: Tensor) -> str:
 
 
 def _own_name(tensor: Tensor, name: str) -> str:
-    """The file's name; of a stack's part, the official one."""
-    return tensor.name if official_name(tensor.name) in (name, tensor.name) else name
+    """The file's name; of a stack's part, the official one; of packed codes, the weight's."""
+    own = _unpacked(tensor, name)
+    return own if official_name(own) in (name, own) else name
+
+
+def _unpacked(tensor: Tensor, name: str) -> str:
+    """The file's name for a weight, of whose packed codes the table's `name` says nothing."""
+    return tensor.name.removesuffix("_packed") if name.endswith(".weight") else tensor.name
 
 
 def _is_stacked(part: Part) -> bool:
-    return part.row is not None and bool(part.row.experts) and not part.tensor.name.endswith(".weight")
+    return (
+        part.row is not None
+        and bool(part.row.experts)
+        and not _unpacked(part.tensor, part.official).endswith(".weight")
+    )
 
 
 def _single_name(part: Part, options: Options, v4: bool) -> str:
-    if options.names is None or part.row is None or not v4:
+    if part.row is None:
         return part.tensor.name
+    if options.names is None or not v4:
+        return _unpacked(part.tensor, part.official)
     return hugging_face_name(part.official) if options.names == "hf" else part.official
 
 
@@ -194,19 +214,26 @@ def _job(name: str, parts: list[Part], options: Options, v4: bool, carried: File
     encoding = options.target.encoding(first.storage, v4) if options.wants(first.name) else None
     if len(first.shape) != 2:
         encoding = None
-    if first.row is not None and encoding is not None and first.source == encoding:
+    if first.row is not None and encoding is not None and first.source.same(encoding):
         encoding = None
     for part in parts[1:]:
         if (part.element, part.scales is None) != (first.element, first.scales is None) or (
             options.wants(part.name) != options.wants(first.name)
         ):
             raise InputError(f"tensor {name}: expected experts of one format, found {first.name} and {part.name} apart")
-    scale = first.scales.name if first.scales is not None and options.names is None else scale_name(name, v4)
+    scale = scale_name(name, v4)
+    if first.scales is not None and options.names is None and (encoding is None or not first.source.integers):
+        scale = first.scales.name
     if encoding is None:
-        codes = Spec(name, first.tensor.dtype, _stack_shape(name, parts, first.tensor.shape))
+        shape = _stack_shape(name, parts, first.tensor.shape)
         if first.scales is None:
-            return Job(tuple(parts), None, codes)
-        return Job(tuple(parts), None, codes, _scales_spec(scale, name, parts, first.scales.dtype, first.scales.shape))
+            return Job(tuple(parts), None, Spec(name, first.tensor.dtype, shape))
+        code_name = first.tensor.name
+        if options.names is not None:
+            code_name, scale = tensor_names(first.source, options.target, name, scale)
+        codes = Spec(code_name, first.tensor.dtype, shape)
+        old_scales = _scales_spec(scale, name, parts, first.scales.dtype, first.scales.shape)
+        return Job(tuple(parts), None, codes, old_scales, _shape_spec(code_name, first.source))
     n, k = first.shape
     if encoding.element == "e2m1" and k % 2:
         raise InputError(f"--to {options.target.name}: tensor {name}: expected an even width for FP4, found {[n, k]}")
@@ -215,17 +242,20 @@ def _job(name: str, parts: list[Part], options: Options, v4: bool, carried: File
             f"--names hf: tensor {name}: expected a width that is a multiple of {encoding.block[0]}, found {n}: "
             "no block may hold rows of gate and of up"
         )
-    code_name, new_scale = tensor_names(options.target, name, scale)
+    code_name, new_scale = tensor_names(encoding, options.target, name, scale)
     codes = Spec(code_name, encoding.codes[0], _stack_shape(name, parts, encoding.codes_shape((n, k))))
-    scales = shape = kept = None
+    scales = kept = None
     if encoding.scales:
         scales = _scales_spec(new_scale, name, parts, encoding.scale_dtype, encoding.grid((n, k)))
-    if encoding.element == "int4":
-        shape = Spec(shape_name(code_name), DTYPES["I64"], (2,))
     origin = _carried_tensor(first, carried)
     if origin is not None and (encoding.scales is None or (first.element == "e2m1" and encoding.element == "e4m3")):
         kept = Spec(name, origin.dtype, _stack_shape(name, parts, origin.shape))
-    return Job(tuple(parts), encoding, codes, scales, shape, kept)
+    return Job(tuple(parts), encoding, codes, scales, _shape_spec(code_name, encoding), kept)
+
+
+def _shape_spec(codes: str, encoding: Encoding) -> Spec | None:
+    """Of N and K, which packed codes do not say."""
+    return Spec(shape_name(codes), DTYPES["I64"], (2,)) if encoding.element == "int4" else None
 
 
 def _scales_spec(scale: str, name: str, parts: list[Part], dtype: np.dtype, grid: tuple[int, ...]) -> Spec:
@@ -233,8 +263,8 @@ def _scales_spec(scale: str, name: str, parts: list[Part], dtype: np.dtype, grid
 
 
 def _carried_tensor(part: Part, carried: Files | None) -> Tensor | None:
-    """The scales that a matrix first came with: what is carried beside it, else its own."""
-    if part.storage not in (LINEAR, EXPERT):
+    """The scales that a matrix first came with: what is carried beside it, else its own; those of integers stay."""
+    if part.storage not in (LINEAR, EXPERT) or part.source.integers:
         return None
     found = carried.get(part.official) if carried is not None else None
     return part.scales if found is None else found
@@ -304,7 +334,7 @@ def make_plan(files: Files, config: Config, options: Options, shard_bytes: int) 
     if options.target.name == "mxfp4" and not v4:
         raise InputError(f"--to mxfp4: expected a deepseek_v4, whose experts are FP4, found a {config.model_type}")
     carried = open_carried(files.folder, config)
-    named = official(files) if v4 else files
+    named = rename(official(files) if v4 else files, config)
     shards: list[list[Job]] = []
     used, seen = 0, {"__metadata__"}
     for name, parts in _groups(_parts(named, config), options, v4):

@@ -19,7 +19,7 @@ from dsjax.checkpoint.safetensors import INDEX_FILE, Files, read_tensors
 from dsjax.checkpoint.safetensors_writer import Spec
 from dsjax.config import V4Config, load_config, parse_config, read_json_object
 from dsjax.convert.certificate import CERTIFICATE, certificate, entry, options_of, part_bytes
-from dsjax.convert.config import FLOATS, rewritten
+from dsjax.convert.config import FLOATS, INTEGERS, check_described, rewritten
 from dsjax.convert.errors import Errors
 from dsjax.convert.hashing import hash_file
 from dsjax.convert.plan import CARRIED, Job, Options, Plan, make_plan
@@ -111,6 +111,8 @@ def _identity(files: Files, options: Options, shard_bytes: int) -> dict[str, Any
 def _check_stacks(plan: Plan, options: Options) -> None:
     """Refuses formats that differ among the layers and experts that a model here holds as one array; floats may.
 
+    And integers for one of gate and up alone.
+
     Raises:
       InputError: naming the flag and two tensors.
     """
@@ -126,6 +128,13 @@ def _check_stacks(plan: Plan, options: Options) -> None:
                     f"--only {options.only}: expected layers and experts to stay alike, "
                     f"found {name} in {first}, {part.name} in {element}"
                 )
+    for path, (element, name) in seen.items():
+        other, up = seen.get((*path[:-1], "up"), (element, name))
+        if path[-1] == "gate" and other != element and {element, other} & INTEGERS:
+            raise InputError(
+                f"--only {options.only}: expected gate and up, which take the same activations, to stay alike, "
+                f"found {name} in {element}, {up} in {other}"
+            )
 
 
 def _check_source(source: Path) -> None:
@@ -136,11 +145,6 @@ def _check_source(source: Path) -> None:
     """
     if is_converted(source):
         raise InputError(f"{source}: expected a checkpoint in safetensors, found an Orbax folder")
-    path = source / "config.json"
-    section = read_json_object(path).get("quantization_config")
-    method = section.get("quant_method") if isinstance(section, dict) else None
-    if method not in (None, "fp8"):
-        raise InputError(f"{path}: quant_method: expected fp8 or none of a source, found {str(method)[:40]!r}")
 
 
 class _Conversion:
@@ -157,8 +161,7 @@ class _Conversion:
         v4 = isinstance(self._config, V4Config)
         self._config_json = rewritten(read_json_object(source / "config.json"), self._plan, options.target, v4=v4)
         _check_stacks(self._plan, options)
-        if options.target.kind != "int":
-            parse_config(self._config_json, str(out / "config.json"))
+        check_described(parse_config(self._config_json, str(out / "config.json")), self._plan)
         self._identity = _identity(self._files, options, shard_bytes)
         self._space = Workspace(out)
         self._source = source

@@ -91,7 +91,11 @@ class Matrix:
         blocks = slice(rows.start // bn, -(-rows.stop // bn))
         scales = self._rows(part.scales, part.row.scale_name(part.official), "scales", blocks, memory)
         scales = scales.view(_E8M0) if scales.dtype == np.uint8 else scales
-        return Source(elements, scales, (bn, bk), part.element == "e2m1")
+        packed = part.element in ("e2m1", "int4")
+        if packed:
+            elements = elements.view(np.uint8)
+        width = part.shape[1]
+        return Source(elements, scales, (bn, bk or width), packed, part.source.integers, width)
 
 
 def _strip(source: Source, rows: slice) -> Source:

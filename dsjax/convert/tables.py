@@ -168,6 +168,6 @@ def convert_by_table(source: Source, encoding: Encoding, old: np.ndarray | None,
       old: scales that would be used again, as `matrix.Origin` has them.
       out: is filled with the codes, of the file's type and shape.
     """
-    if source.scales is None:
+    if source.scales is None or source.integers:
         return None
     return _from_fp4(source, encoding, out) if source.packed else _from_fp8(source, encoding, old, out)

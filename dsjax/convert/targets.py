@@ -27,7 +27,7 @@ class Encoding:
 
     Attributes:
       element: "e4m3", "e2m1", "int8", "int4", "bf16", "f16" or "f32".
-      scales: "f32", "bf16" or "e8m0", what holds a scale; None for floats.
+      scales: "f32", "bf16", "f16" or "e8m0", what holds a scale; None for floats.
       block: rows and channels that share a scale; 0 channels are a whole row.
       pow2: whether scales are powers of two.
     """
@@ -36,6 +36,11 @@ class Encoding:
     scales: str | None = None
     block: tuple[int, int] = (1, 0)
     pow2: bool = False
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes are INT8 or INT4."""
+        return self.element in ("int8", "int4")
 
     @property
     def codes(self) -> tuple[np.dtype, int]:
@@ -54,7 +59,7 @@ class Encoding:
     @property
     def scale_dtype(self) -> np.dtype:
         """The file's type of a scale."""
-        return DTYPES[{"f32": "F32", "bf16": "BF16", "e8m0": "F8_E8M0"}[self.scales or "f32"]]
+        return DTYPES[{"f32": "F32", "bf16": "BF16", "f16": "F16", "e8m0": "F8_E8M0"}[self.scales or "f32"]]
 
     def codes_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Of the codes of a matrix [N, K] in the file."""
@@ -64,6 +69,12 @@ class Encoding:
         """Of the scales of a matrix [N, K]."""
         bn, bk = self.block
         return -(-shape[0] // bn), -(-shape[1] // (bk or shape[1]))
+
+    def same(self, other: Encoding) -> bool:
+        """Whether nothing need be converted: integers are what they are with scales of any type."""
+        if self.integers:
+            return (self.element, self.block) == (other.element, other.block)
+        return self == other
 
     def describe(self, shape: tuple[int, int]) -> dict[str, Any]:
         """As a certificate says it."""
@@ -119,30 +130,31 @@ TARGETS = {
 }
 
 _SUFFIXES = {
-    "int8-channel": (".weight", ".weight_scale"),
-    "int8-block": (".weight", ".weight_scale_inv"),
-    "int4-group": (".weight_packed", ".weight_scale"),
-    "w4a8": (".weight_packed", ".weight_scale"),
+    ("int8", (1, 0)): (".weight", ".weight_scale"),
+    ("int8", FP8_BLOCK): (".weight", ".weight_scale_inv"),
+    ("int4", (1, INT4_GROUP)): (".weight_packed", ".weight_scale"),
 }
 
 
-def tensor_names(target: Target, weight: str, scale: str) -> tuple[str, str]:
+def tensor_names(encoding: Encoding, target: Target, weight: str, scale: str) -> tuple[str, str]:
     """Names of the codes and of the scales in the result.
 
     Args:
+      encoding: what they are.
+      target: for messages.
       weight: the weight's own name there.
       scale: what its scales are called in E4M3.
 
     Raises:
       InputError: for a stack of experts, which has no name for the scales of an integer format.
     """
-    if target.kind != "int":
+    if not encoding.integers:
         return weight, scale
     if not weight.endswith(".weight"):
         raise InputError(
             f"--to {target.name}: tensor {weight}: expected one tensor per expert, found a stack: --names official"
         )
-    codes, scales = _SUFFIXES[target.name]
+    codes, scales = _SUFFIXES[encoding.element, encoding.block]
     base = weight.removesuffix(".weight")
     return base + codes, base + scales
 
