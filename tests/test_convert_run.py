@@ -20,7 +20,7 @@ from helpers import DENSE_SETTINGS, GOLDENS, SEED, SYNTH_SETTINGS, rng
 
 from dsjax.checkpoint.safetensors import INDEX_FILE, Files
 from dsjax.cli.main import main
-from dsjax.convert import TARGETS, Options, Share, convert, verify
+from dsjax.convert import TARGETS, Options, Share, convert, shard, verify
 from dsjax.errors import InputError
 from dsjax.synth import synth_config, synthesise
 
@@ -288,6 +288,25 @@ def test_disk_full(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert done.items() <= {p.name: p.stat().st_ino for p in out.iterdir()}.items()
     assert beside(out) == ["out"]
     assert not verify(out, small)
+
+
+@pytest.mark.parametrize("failing", [1, 2, -1])
+def test_disk_fails_later(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """What one flush on the way is told is told to nobody else: a run that goes on as if nothing were loses bytes."""
+    calls = 0
+
+    def flush(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if failing in (calls, -1):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shard, "_flush", flush)
+    monkeypatch.setattr(shard, "_FLUSH_BYTES", 10_000)
+    with pytest.raises(InputError, match=r"model-.*safetensors.*Input/output error"):
+        convert(small, tmp_path / "out", Options(TARGETS["bf16"]), shard_bytes=60_000)
+    assert calls >= failing and not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.partial").rglob("*.tmp"))
 
 
 def test_unsupported(small: Path, tmp_path: Path, capsys: Capture) -> None:

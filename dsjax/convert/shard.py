@@ -9,14 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
 
 from dsjax.checkpoint.agreement import check_values
 from dsjax.checkpoint.resident import Source
-from dsjax.checkpoint.safetensors import Files, Tensor
+from dsjax.checkpoint.safetensors import Files, Tensor, os_errors
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
 from dsjax.config import Config
 from dsjax.convert.errors import Errors, squares
@@ -148,11 +148,16 @@ def _read_scales(plan: Plan, part: Part, origin: Tensor, first: int, last: int) 
 
 
 class _File:
-    """A file that is filled in any order, and flushed to the disk on the way: else the disk would idle first."""
+    """A file that is filled in any order, and flushed to the disk on the way: else the disk would idle first.
+
+    The system tells of a write that the disk refused once for each opening of a file, to whoever flushes next; what a
+    flush on the way is told is not said again at the end, so each is asked, the last one when the `with` block ends.
+    """
 
     def __init__(self, descriptor: int, path: Path, specs: list[Spec]) -> None:
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: Future[None] | None = None
+        self._one_flush = threading.Lock()
         self._unflushed = 0
         header, self._offsets = plan_layout(specs)
         self.nbytes = len(header) + sum(spec.nbytes for spec in specs)
@@ -170,13 +175,25 @@ class _File:
                 raise InputError(f"{self._path}: tensor {name}: cannot be written: {e.strerror}") from None
             rest, offset = rest[count:], offset + count
             self._unflushed += count
-        if self._unflushed > _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
-            self._unflushed = 0
-            self._flushing = self._flusher.submit(_flush, self._descriptor)
+        with self._one_flush:
+            if self._unflushed > _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+                self._asked()
+                self._unflushed = 0
+                self._flushing = self._flusher.submit(_flush, self._descriptor)
 
-    def settle(self) -> None:
-        """Ends what is going on beside the writing; errors of the disk come up again when the file is flushed whole."""
+    def _asked(self) -> None:
+        """Waits for the last flush, if there was one, and raises what it was told."""
+        if self._flushing is not None:
+            with os_errors(self._path):
+                self._flushing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
         self._flusher.shutdown()
+        if kind is None:
+            self._asked()
 
     def put(self, spec: Spec, start: int, array: np.ndarray) -> int:
         """Writes at a byte of a tensor; returns how many bytes it was."""
@@ -219,19 +236,18 @@ class ShardWriter:
         Raises:
           InputError: naming the tensor that is bad, or could not be written.
         """
-        file = _File(descriptor, path, [spec for job in self._jobs for spec in job.specs])
         found: list[list[list[tuple[int, Errors]]]] = [[[] for _ in job.parts] for job in self._jobs]
-        pool = ThreadPoolExecutor(threads)
-        try:
-            running = {pool.submit(self._run, file, task): task for task in _tasks(self._jobs)}
-            for future in as_completed(running):
-                task = running.pop(future)
-                found[task.job][task.part].append((task.start, future.result()))
-            for job in self._jobs:
-                self._wrote(self._rest(file, job))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            file.settle()
+        with _File(descriptor, path, [spec for job in self._jobs for spec in job.specs]) as file:
+            pool = ThreadPoolExecutor(threads)
+            try:
+                running = {pool.submit(self._run, file, task): task for task in _tasks(self._jobs)}
+                for future in as_completed(running):
+                    task = running.pop(future)
+                    found[task.job][task.part].append((task.start, future.result()))
+                for job in self._jobs:
+                    self._wrote(self._rest(file, job))
+            finally:
+                pool.shutdown(cancel_futures=True)
         return [
             [self._measured(part, _joined(errors)) for part, errors in zip(job.parts, row, strict=True)]
             for job, row in zip(self._jobs, found, strict=True)
@@ -258,15 +274,14 @@ class ShardWriter:
     def carried(self, descriptor: int, path: Path) -> None:
         """Fills the file of the scales that these jobs leave behind."""
         jobs = [job for job in self._jobs if job.carried is not None]
-        file = _File(descriptor, path, [job.carried for job in jobs if job.carried is not None])
-        for job in jobs:
-            start = 0
-            for part in job.parts:
-                origin = self._plan.carried_scales(part)
-                assert origin is not None and job.carried is not None
-                scales = _read_scales(self._plan, part, origin, 0, origin.shape[0])
-                start += file.put(job.carried, start, scales)
-        file.settle()
+        with _File(descriptor, path, [job.carried for job in jobs if job.carried is not None]) as file:
+            for job in jobs:
+                start = 0
+                for part in job.parts:
+                    origin = self._plan.carried_scales(part)
+                    assert origin is not None and job.carried is not None
+                    scales = _read_scales(self._plan, part, origin, 0, origin.shape[0])
+                    start += file.put(job.carried, start, scales)
 
     def _run(self, file: _File, task: _Task) -> Errors:
         job = self._jobs[task.job]
