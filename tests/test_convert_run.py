@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from helpers import DENSE_SETTINGS, GOLDENS, SEED, SYNTH_SETTINGS, rng
 from dsjax.checkpoint.safetensors import INDEX_FILE, Files
 from dsjax.cli.main import main
 from dsjax.convert import TARGETS, Options, Share, convert, shard, verify
+from dsjax.convert.workspace import Growing, Workspace
 from dsjax.errors import InputError
 from dsjax.synth import synth_config, synthesise
 
@@ -221,6 +223,91 @@ def test_unfinished_of_something_else(small: Path, tmp_path: Path, capsys: Captu
     convert(small, out, Options(TARGETS["bf16"]), share=Share(0, 2), shard_bytes=60_000)
     refused(capsys, run(small, "--to", "f16", "--out", out), "unfinished", "another to", "--force")
     assert main([str(a) for a in run(small, "--to", "f16", "--out", out, "--force")]) == 0
+    assert beside(out) == ["out"]
+
+
+def test_unfinished_and_alive(small: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Nobody throws away what another process is at work on."""
+    out = tmp_path / "out"
+    process = start(small, out, 0.05)
+    while not (tmp_path / ".out.partial" / "state" / "plan.json").exists():
+        time.sleep(0.01)
+    refused(capsys, run(small, "--to", "f16", "--out", out, "--force"), ".out.partial", "no process at work")
+    assert (tmp_path / ".out.partial" / "result").exists()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert main([str(a) for a in run(small, "--to", "f16", "--out", out, "--force")]) == 0
+    assert beside(out) == ["out"]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda p: os.truncate(p, 100)])
+def test_lost_shard(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """A record alone is no shard: it is made again, and no result is put in its place without it."""
+    options, out, bytes_ = Options(TARGETS["bf16"]), tmp_path / "out", 60_000
+    convert(small, tmp_path / "reference", options, shard_bytes=bytes_)
+    convert(small, out, options, share=Share(0, 2), shard_bytes=bytes_)
+    change(sorted((tmp_path / ".out.partial" / "result").glob("model-*"))[0])
+    with pytest.raises(InputError, match=r"model-00001.*the next run"):
+        convert(small, out, options, share=Share(1, 2), shard_bytes=bytes_)
+    assert not out.exists()
+    assert convert(small, out, options, shard_bytes=bytes_).finished
+    assert tree(out) == tree(tmp_path / "reference")
+
+
+def test_finished_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another process finishes after it was opened here is not written to: a new one is."""
+    path, temporary = tmp_path / "result" / "a", tmp_path / "a.tmp"
+    first, lock = Growing(path, temporary), fcntl.flock
+    os.write(first.descriptor, b"finished")
+
+    def late(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.commit()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = Growing(path, temporary)
+    os.ftruncate(second.descriptor, 0)
+    assert path.read_bytes() == b"finished"
+    second.commit()
+    assert path.read_bytes() == b""
+
+
+def test_killed_between_two_results(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old result comes back when the run that was to replace it is thrown away."""
+    out, rename = tmp_path / "out", os.replace
+    convert(small, out, Options(TARGETS["bf16"]))
+    first = tree(out)
+
+    def stopping(a: Any, b: Any) -> None:
+        if b == out:
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(os, "replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        convert(small, out, Options(TARGETS["f32"]), force=True)
+    monkeypatch.setattr(os, "replace", rename)
+    assert not out.exists()
+    with pytest.raises(InputError, match="unfinished"):
+        convert(small, out, Options(TARGETS["f16"]))
+    assert tree(out) == first
+    assert convert(small, out, Options(TARGETS["f16"]), force=True).finished
+    assert beside(out) == ["out"]
+
+
+def test_another_finishes_first(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that appears while another run looks at its source is seen before anything is written."""
+    out, options, begin = tmp_path / "out", Options(TARGETS["bf16"]), Workspace.begin
+
+    def late(space: Workspace, *arguments: Any, **named: Any) -> bool:
+        monkeypatch.setattr(Workspace, "begin", begin)
+        convert(small, out, options)
+        return begin(space, *arguments, **named)
+
+    monkeypatch.setattr(Workspace, "begin", late)
+    with pytest.raises(InputError, match="finished result"):
+        convert(small, out, options)
     assert beside(out) == ["out"]
 
 

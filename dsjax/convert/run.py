@@ -171,13 +171,14 @@ class _Conversion:
     def run(self, force: bool) -> Outcome:
         start = time.perf_counter()
         space = self._space
-        if not space.placed:
-            check_out(space.out, force)
-        if not space.begin(self._identity, force=force):
-            self._work()
-            if not self._all_done():
-                return Outcome(False, self._written, time.perf_counter() - start, None)
-        space.finish(self._complete, force=force)
+        try:
+            if not space.begin(self._identity, lambda: check_out(space.out, force), force=force):
+                self._work()
+                if not self._all_done():
+                    return Outcome(False, self._written, time.perf_counter() - start, None)
+            space.finish(self._complete, force=force)
+        finally:
+            space.end()
         made = read_json_object(space.out / CERTIFICATE)
         return Outcome(True, self._written, time.perf_counter() - start, made)
 
@@ -185,9 +186,10 @@ class _Conversion:
 
     def _work(self) -> None:
         mine = [i for i in range(len(self._plan.shards)) if self._share.mine(i)]
-        todo = [i for i in mine if self._space.record(_shard_record(i)) is None]
+        todo = [i for i in mine if self._finished(i) is None]
         needed = sum(job.nbytes for i in todo for job in self._plan.shards[i])
-        check_space(self._space.folder, needed)
+        left_over = sum(self._space.left_over(self._space.result / self._plan.shard_name(i)) for i in todo)
+        check_space(self._space.folder, needed - left_over)
         bar = tqdm(total=needed, unit="B", unit_scale=True, desc=self._options.target.name, disable=not self._progress)
         with bar, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
             hashing = reader.submit(self._hash_sources)
@@ -195,6 +197,8 @@ class _Conversion:
             growing: Growing | None = None
             try:
                 for i in todo:
+                    if self._finished(i) is not None:  # by another process, meanwhile
+                        continue
                     growing = self._space.grow(self._space.result / self._plan.shard_name(i))
                     errors = self._convert(i, growing, bar)
                     if pending is not None:
@@ -209,6 +213,17 @@ class _Conversion:
                 if growing is not None:
                     growing.discard()
                 raise
+
+    def _finished(self, i: int) -> dict[str, Any] | None:
+        """The record of a shard that is there with the size that it says; else None."""
+        record = self._space.record(_shard_record(i))
+        if record is None:
+            return None
+        for name, file in record["files"].items():
+            path = self._space.result / name
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
+                return None
+        return record
 
     def _convert(self, i: int, growing: Growing, bar: Any) -> list[list[Errors]]:
         """Writes a shard, and, whole, the scales it leaves behind."""
@@ -258,8 +273,12 @@ class _Conversion:
         hashed: dict[str, dict[str, Any]] = {}
         entries: dict[str, Any] = {}
         for i in range(len(plan.shards)):
-            record = space.record(_shard_record(i))
-            assert record is not None
+            record = self._finished(i)
+            if record is None:
+                raise InputError(
+                    f"{space.result / plan.shard_name(i)}: expected the bytes that its record counts, "
+                    "found others (the next run makes them again)"
+                )
             hashed |= record["files"]
             entries |= {name: (one, tuple(sizes)) for name, (one, sizes) in record["entries"].items()}
         sources: dict[str, dict[str, Any]] = {}

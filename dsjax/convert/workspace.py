@@ -4,8 +4,9 @@
     .NAME.partial/result/   finished files; becomes NAME
 
 A file is finished when it has been written whole, flushed to the disk and renamed; a shard, when its record is, too.
-Processes share the folder: one that writes a file holds a lock on it, and the folder itself is set up and given its
-name under a lock on the folder around it. A lock goes with its process, so none is left behind.
+Processes share the folder: each holds a shared lock on `state` while it runs, so that nobody throws the folder away
+under it; one that writes a file holds a lock on that, and the folder itself is set up and given its name under a lock
+on the folder around it. A lock goes with its process, so none is left behind.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dsjax.checkpoint.safetensors import os_errors
 from dsjax.config import read_json_object
 from dsjax.errors import InputError
 
-_PLAN = "plan.json"
+_PLAN, _COMPLETE = "plan.json", "complete.json"
 
 
 def _flush_folder(folder: Path) -> None:
@@ -32,6 +33,14 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether what was opened under a name still has it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class Growing:
@@ -44,13 +53,17 @@ class Growing:
 
     def __init__(self, path: Path, temporary: Path) -> None:
         self.path, self._temporary = path, temporary
-        with os_errors(path):
-            self.descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self.descriptor)
-            raise InputError(f"{temporary}: expected no other process to write it, found one") from None
+        while True:
+            with os_errors(path):
+                self.descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self.descriptor)
+                raise InputError(f"{temporary}: expected no other process to write it, found one") from None
+            if _is_still(self.descriptor, temporary):
+                break
+            os.close(self.descriptor)  # another process has finished or removed it since it was opened here
         self._open = True
 
     def commit(self) -> None:
@@ -89,6 +102,8 @@ class Workspace:
         self.folder = self.out.parent / f".{self.out.name}.partial"
         self.state = self.folder / "state"
         self.result = self.folder / "result"
+        self._old = self.folder / "old"  # a finished result while another takes its place
+        self._working: int | None = None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -100,41 +115,68 @@ class Workspace:
         finally:
             os.close(descriptor)
 
-    def begin(self, identity: dict[str, Any], *, force: bool) -> bool:
-        """Sets the folder up, or finds it as another run left it.
+    def begin(self, identity: dict[str, Any], check: Callable[[], None], *, force: bool) -> bool:
+        """Sets the folder up, or finds it as another run left it; `end` must follow.
 
         Args:
           identity: of source and options; JSON.
+          check: raises InputError if the result's place is taken.
           force: an unfinished conversion of something else may be thrown away.
 
         Returns:
           Whether the result is complete and has only to be put in its place.
 
         Raises:
-          InputError: if another conversion is unfinished there, or the folder cannot be made.
+          InputError: if another conversion is unfinished there, at work if it was to be thrown away, or the folder
+            cannot be made.
         """
         with os_errors(self.folder):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 if self.folder.exists() and (found := self._identity()) != identity:
+                    if self._old.exists() and not os.path.lexists(self.out):
+                        os.replace(self._old, self.out)  # the other run was stopped after it had moved it away
                     if found is not None and not force:
                         differ = [k for k in identity if found.get(k) != identity[k]]
                         raise InputError(
                             f"{self.folder}: expected an unfinished conversion of the same source with the same "
                             f"options, found one with another {', '.join(differ)} (--force throws it away)"
                         )
-                    shutil.rmtree(self.folder)
+                    check()
+                    self._throw_away()
+                elif not self._placed:
+                    check()
                 if not self.folder.exists():
                     self.state.mkdir(parents=True)
                     self.result.mkdir()
                     self.put_json(self.state / _PLAN, identity)
                     _flush_folder(self.out.parent)
-                return (self.state / "complete.json").exists()
+                self._working = os.open(self.state, os.O_RDONLY)
+                fcntl.flock(self._working, fcntl.LOCK_SH)  # no waiting: others take it whole only when alone
+                return (self.state / _COMPLETE).exists()
+
+    def end(self) -> None:
+        """Lets others throw the folder away."""
+        if self._working is not None:
+            os.close(self._working)
+            self._working = None
+
+    def _throw_away(self) -> None:
+        """Removes the folder, unless a run is at work there."""
+        if self.state.exists():
+            descriptor = os.open(self.state, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.folder}: expected no process at work there, found one") from None
+            finally:
+                os.close(descriptor)  # nobody begins while this process is alone
+        shutil.rmtree(self.folder)
 
     @property
-    def placed(self) -> bool:
+    def _placed(self) -> bool:
         """Whether a result has got its name, and a run was stopped before it could tidy up."""
-        return (self.state / "complete.json").exists() and not self.result.exists()
+        return (self.state / _COMPLETE).exists() and not self.result.exists()
 
     def _identity(self) -> dict[str, Any] | None:
         """What an existing folder is about; None if it was not even set up."""
@@ -151,7 +193,17 @@ class Workspace:
         Raises:
           InputError: if another process writes the same file, or it cannot be made.
         """
-        return Growing(path, self.state / (path.parent.name + "-" + path.name + ".tmp"))  # one name, two folders
+        return Growing(path, self._temporary(path))
+
+    def _temporary(self, path: Path) -> Path:
+        return self.state / (path.parent.name + "-" + path.name + ".tmp")  # one name, two folders
+
+    def left_over(self, path: Path) -> int:
+        """Bytes on the disk that a stopped run left of a file, and whoever grows it again gets back."""
+        try:
+            return os.stat(self._temporary(path)).st_blocks * 512
+        except FileNotFoundError:
+            return 0
 
     def put_file(self, path: Path, fill: Callable[[int, Path], Any]) -> None:
         """Lets `fill` write a file (descriptor, name for messages), and makes it appear whole.
@@ -207,16 +259,16 @@ class Workspace:
           InputError: if the name has been taken meanwhile.
         """
         with os_errors(self.out), self._alone():
-            if not self.folder.exists():
+            if self._working is None or not _is_still(self._working, self.state):
                 return
             if self.result.exists():
-                if not (self.state / "complete.json").exists():
+                if not (self.state / _COMPLETE).exists():
                     complete()
-                    self.put_record("complete.json", {})
+                    self.put_record(_COMPLETE, {})
                 if self.out.exists() and any(self.out.iterdir()):
                     if not force:
                         raise InputError(f"{self.out}: expected no such folder, or an empty one, found something there")
-                    os.replace(self.out, self.folder / "old")
+                    os.replace(self.out, self._old)
                 os.replace(self.result, self.out)
                 _flush_folder(self.out.parent)
             shutil.rmtree(self.folder)
