@@ -22,6 +22,7 @@ from helpers import DENSE_SETTINGS, GOLDENS, SEED, SYNTH_SETTINGS, rng
 from dsjax.checkpoint.safetensors import INDEX_FILE, Files
 from dsjax.cli.main import main
 from dsjax.convert import TARGETS, Options, Share, convert, shard, verify
+from dsjax.convert import run as conversion
 from dsjax.convert.workspace import Growing, Workspace
 from dsjax.errors import InputError
 from dsjax.synth import synth_config, synthesise
@@ -254,6 +255,23 @@ def test_lost_shard(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tree(out) == tree(tmp_path / "reference")
 
 
+def test_space_of_a_stopped_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed run left of a file is written over, so it need not be free on the disk; what others left must."""
+    asked: list[int] = []
+    monkeypatch.setattr(conversion, "check_space", lambda _, needed: asked.append(needed))
+    space, options = Workspace(tmp_path / "out"), Options(TARGETS["bf16"])
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # one who is killed does not tidy up
+    monkeypatch.setattr(conversion.ShardWriter, "write", lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            convert(small, tmp_path / "out", options, shard_bytes=60_000)
+        (left,) = space.state.glob("*.tmp")
+        with left.open("wb") as file:
+            file.write(b"1" * 40_960)
+            os.fsync(file.fileno())
+    assert asked[0] - asked[1] == left.stat().st_blocks * 512 >= 40_960
+
+
 def test_finished_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that another process finishes after it was opened here is not written to: a new one is."""
     path, temporary = tmp_path / "result" / "a", tmp_path / "a.tmp"
@@ -311,12 +329,50 @@ def test_another_finishes_first(small: Path, tmp_path: Path, monkeypatch: pytest
     assert beside(out) == ["out"]
 
 
-# --- what is refused, and what stops ---------------------------------------------------------------------------------
+def test_source_of_another_day(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The scales that a source carries along are part of it; so is the program, as far as its results go."""
+    source, out, bytes_ = tmp_path / "source", tmp_path / "out", 100_000
+    convert(small, source, Options(TARGETS["bf16"]))
+    options = Options(TARGETS["fp8"])
+    carried = source / "original_scales"
+    names = {p.relative_to(source).as_posix() for p in source.rglob("*.safetensors")}
+    convert(source, out, options, share=Share(0, 2), shard_bytes=bytes_)
+    carried.rename(tmp_path / "kept")
+    with pytest.raises(InputError, match="another source, headers"):
+        convert(source, out, options, shard_bytes=bytes_)
+    (tmp_path / "kept").rename(carried)
+    monkeypatch.setattr(conversion, "CONVERTER", 0)
+    with pytest.raises(InputError, match="another converter"):
+        convert(source, out, options, shard_bytes=bytes_)
+    monkeypatch.undo()
+    assert convert(source, out, options, shard_bytes=bytes_).finished
+    certified = json.loads((out / "certificate.json").read_text())["source"]["files"]
+    assert certified.keys() == names and any("/" in name for name in names)
+    assert not verify(out, source)
+    path = next(carried.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert str(path) in " ".join(verify(out, source))
 
 
 @pytest.fixture
 def damaged(small: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small, tmp_path / "model"))
+
+
+def test_source_changes_meanwhile(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish_ = Workspace.finish
+
+    def late(space: Workspace, *arguments: Any, **named: Any) -> None:
+        os.utime(next(damaged.glob("*.safetensors")), ns=(0, 0))
+        finish_(space, *arguments, **named)
+
+    monkeypatch.setattr(Workspace, "finish", late)
+    with pytest.raises(InputError, match=r"safetensors.*changed meanwhile"):
+        convert(damaged, tmp_path / "out", Options(TARGETS["bf16"]))
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is refused, and what stops ---------------------------------------------------------------------------------
 
 
 def test_bad_tensor_and_mended(damaged: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -409,6 +465,14 @@ def test_unsupported(small: Path, tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, run(tmp_path / "none", "--to", "bf16", *out), "none")
     refused(capsys, run("--verify", small), "certificate.json")
     refused(capsys, run("--verify", small, "--to", "bf16"), "--verify")
+    for flags in (["--only", "x"], ["--force"], ["--names", "hf"], ["--report", tmp_path / "r"], ["--processes", 2]):
+        refused(capsys, run("--verify", small, *flags), flags[0], "--verify")
+    for flags in (["--processes", 2], ["--process-id", 1]):
+        refused(capsys, run(small, "--to", "orbax", *out, *flags), flags[0], "orbax")
+    refused(capsys, run(small, "--to", "bf16", *out, "--processes", 0), "--processes 0", "at least 1")
+    for report in (small / "r.json", tmp_path / "out" / "r.json"):
+        refused(capsys, run(small, "--to", "bf16", *out, "--report", report), "--report", "apart from")
+    assert not list(tmp_path.iterdir()) and not (small / "r.json").exists()
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dsjax.checkpoint.orbax import COPIED, COPIED_FOLDER, is_converted
-from dsjax.checkpoint.safetensors import INDEX_FILE, Files, read_tensors
+from dsjax.checkpoint.safetensors import INDEX_FILE, Files, os_errors, read_tensors
 from dsjax.checkpoint.safetensors_writer import Spec
 from dsjax.config import V4Config, load_config, parse_config, read_json_object
 from dsjax.convert.certificate import CERTIFICATE, certificate, entry, options_of, part_bytes
@@ -31,6 +31,9 @@ from dsjax.params import EXPERT, LINEAR
 from dsjax.params import Path as Path_
 
 SHARD_BYTES = 5_000_000_000
+
+CONVERTER = 1
+"""Raised when the same source and options give other shards or records than before: a run then goes on from none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +94,23 @@ def check_out(out: Path, force: bool) -> None:
         raise InputError(f"--out {out}: expected no finished result there (--force replaces it), found one")
 
 
-def _source_files(files: Files) -> list[Path]:
-    return sorted({tensor.path for tensor in files.values()})
+def _source_files(files: Files, carried: Files | None) -> list[Path]:
+    """All that hold tensors; those that the source carries along last."""
+    return [p for each in (files, carried) if each is not None for p in sorted({t.path for t in each.values()})]
 
 
-def _identity(files: Files, options: Options, shard_bytes: int) -> dict[str, Any]:
+def _identity(plan: Plan, source: Files, options: Options, shard_bytes: int) -> dict[str, Any]:
     """What must be the same for a run to go on from another: options, and the source as far as a look tells."""
-    folder = files.folder
-    source = []
-    for path in [folder / "config.json", *_source_files(files)]:
+    found, headers = [], hashlib.sha256()
+    for path in [source.folder / "config.json", *_source_files(source, plan.carried)]:
         stat = path.stat()
-        source.append([path.name, stat.st_size, stat.st_mtime_ns])
-    headers = hashlib.sha256()
-    for name, tensor in sorted(files.items()):
-        headers.update(repr((name, tensor.path.name, tensor.dtype.name, tensor.shape, tensor.offset)).encode())
-    return {**options_of(options), "shard_bytes": shard_bytes, "source": source, "headers": headers.hexdigest()}
+        found.append([path.relative_to(source.folder).as_posix(), stat.st_size, stat.st_mtime_ns])
+    for files in (source, plan.carried):
+        for name, tensor in sorted(files.items() if files is not None else ()):
+            headers.update(repr((name, tensor.path.name, tensor.dtype.name, tensor.shape, tensor.offset)).encode())
+        headers.update(b"\n")
+    same = {"shard_bytes": shard_bytes, "source": found, "headers": headers.hexdigest(), "converter": CONVERTER}
+    return {**options_of(options), **same}
 
 
 def _check_stacks(plan: Plan, options: Options) -> None:
@@ -162,7 +167,10 @@ class _Conversion:
         self._config_json = rewritten(read_json_object(source / "config.json"), self._plan, options.target, v4=v4)
         _check_stacks(self._plan, options)
         check_described(parse_config(self._config_json, str(out / "config.json")), self._plan)
-        self._identity = _identity(self._files, options, shard_bytes)
+        self._sources = _source_files(self._files, self._plan.carried)
+        with os_errors(source):
+            self._identity = _identity(self._plan, self._files, options, shard_bytes)
+        self._shard_bytes = shard_bytes
         self._space = Workspace(out)
         self._source = source
         self._written, self._stop = 0, False
@@ -256,20 +264,26 @@ class _Conversion:
 
     def _hash_sources(self) -> None:
         """Hashes the source's files, while they are read for conversion and in memory."""
-        for i, path in enumerate(_source_files(self._files)):
+        for i, path in enumerate(self._sources):
             if self._share.mine(i) and not self._stop and self._space.record(_source_record(i)) is None:
                 tensors = [tensor for tensor in self._files.values() if tensor.path == path]
-                self._space.put_record(_source_record(i), {path.name: hash_file(path, tensors)})
+                name = path.relative_to(self._files.folder).as_posix()
+                self._space.put_record(_source_record(i), {name: hash_file(path, tensors)})
 
     def _all_done(self) -> bool:
         records = [_shard_record(i) for i in range(len(self._plan.shards))]
-        records += [_source_record(i) for i in range(len(_source_files(self._files)))]
+        records += [_source_record(i) for i in range(len(self._sources))]
         return all((self._space.state / name).exists() for name in records) or not self._space.folder.exists()
 
     # --- the rest ---
 
     def _complete(self) -> None:
         space, plan = self._space, self._plan
+        now = _identity(plan, self._files, self._options, self._shard_bytes)
+        for before, after in zip(self._identity["source"], now["source"], strict=True):
+            if before != after:
+                path = self._files.folder / before[0]
+                raise InputError(f"{path}: expected the same file from beginning to end, found it changed meanwhile")
         hashed: dict[str, dict[str, Any]] = {}
         entries: dict[str, Any] = {}
         for i in range(len(plan.shards)):
@@ -282,7 +296,7 @@ class _Conversion:
             hashed |= record["files"]
             entries |= {name: (one, tuple(sizes)) for name, (one, sizes) in record["entries"].items()}
         sources: dict[str, dict[str, Any]] = {}
-        for i in range(len(_source_files(self._files))):
+        for i in range(len(self._sources)):
             sources |= space.record(_source_record(i)) or {}
         small = [INDEX_FILE, "config.json"]
         _put_index(space, space.result, plan, lambda job: job.specs)
