@@ -32,10 +32,18 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--verify", type=Path, metavar="RESULT", help="check a result; with DIR also every verdict")
 
 
+_OF_SAFETENSORS = {"only": None, "names": None, "report": None, "force": False, "process_id": 0, "processes": 1}
+"""Flags that mean something with a conversion to safetensors alone, and their defaults."""
+
+
+def _refuse_flags(options: argparse.Namespace, expected: str, found: str) -> None:
+    for name, default in _OF_SAFETENSORS.items():
+        if getattr(options, name) != default:
+            raise InputError(f"--{name.replace('_', '-')}: expected {expected} with it, found {found}")
+
+
 def _to_orbax(options: argparse.Namespace) -> int:
-    for flag in ("only", "names", "report", "force"):
-        if getattr(options, flag):
-            raise InputError(f"--{flag}: expected a format of safetensors with it, found --to orbax")
+    _refuse_flags(options, "a format of safetensors", "--to orbax")
     check_new_folder(options.out)
     start = time.perf_counter()
     _, params, _ = load(options.model, mtp=None, weights=options.weights, progress=show_progress())
@@ -51,6 +59,7 @@ def _to_orbax(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     if options.to or options.out:
         raise InputError("--verify: expected a result and perhaps its source, found --to or --out too")
+    _refuse_flags(options, "a conversion", "--verify")
     problems = verify(options.verify, options.model)
     result = {"result": str(options.verify), "verdicts": options.model is not None, "passed": not problems}
     if options.json:
@@ -72,6 +81,14 @@ def _show(summary: dict[str, Any]) -> None:
         print(line)
 
 
+def _check_report(path: Path, *folders: Path) -> None:
+    """Refuses a report that cannot be written, or would change the source or be no part of a certified result."""
+    for folder in folders:
+        if folder.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"--report {path}: expected a file apart from {folder}, found one inside it")
+    check_new_file(path)
+
+
 def _write_report(path: Path, result: dict[str, Any]) -> None:
     import json
 
@@ -90,12 +107,14 @@ def convert(options: argparse.Namespace) -> int:
         return _to_orbax(options)
     if options.weights != "stored":
         raise InputError(f"--weights {options.weights}: expected with --to orbax, found --to {options.to}")
+    if options.processes < 1:
+        raise InputError(f"--processes {options.processes}: expected at least 1")
     if not 0 <= options.process_id < options.processes:
         raise InputError(
             f"--process-id {options.process_id}: expected 0 .. {options.processes - 1}, one below --processes"
         )
     if options.report is not None:
-        check_new_file(options.report)
+        _check_report(options.report, options.model, options.out)
     wanted = Options(TARGETS[options.to], options.only, options.names)
     share = Share(options.process_id, options.processes)
     outcome = run_convert(
