@@ -255,6 +255,23 @@ def test_lost_shard(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tree(out) == tree(tmp_path / "reference")
 
 
+def test_taken_over_meanwhile(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that another process finishes while this one is at an earlier one is not made twice."""
+    out, options, write = tmp_path / "out", Options(TARGETS["bf16"]), shard.ShardWriter.write
+    others = 0
+
+    def late(writer: shard.ShardWriter, *arguments: Any) -> Any:
+        nonlocal others
+        monkeypatch.setattr(shard.ShardWriter, "write", write)
+        others = convert(small, out, options, share=Share(1, 2), shard_bytes=60_000).bytes
+        return write(writer, *arguments)
+
+    total = convert(small, tmp_path / "reference", options, shard_bytes=60_000).bytes
+    monkeypatch.setattr(shard.ShardWriter, "write", late)
+    assert total - convert(small, out, options, shard_bytes=60_000).bytes == others > 0
+    assert tree(out) == tree(tmp_path / "reference")
+
+
 def test_space_of_a_stopped_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a killed run left of a file is written over, so it need not be free on the disk; what others left must."""
     asked: list[int] = []
