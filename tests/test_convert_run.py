@@ -331,6 +331,27 @@ def test_killed_between_two_results(small: Path, tmp_path: Path, monkeypatch: py
     assert beside(out) == ["out"]
 
 
+def test_killed_while_tidying_up(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result stands; when somebody has removed it since, it is made again."""
+    out, options = tmp_path / "out", Options(TARGETS["bf16"])
+
+    def stopped() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                convert(small, out, options)
+
+    stopped()
+    first = tree(out)
+    outcome = convert(small, out, options)
+    assert outcome.finished and outcome.bytes == 0 and beside(out) == ["out"]
+    shutil.rmtree(out)
+    stopped()
+    shutil.rmtree(out)
+    assert convert(small, out, options).finished
+    assert tree(out) == first and beside(out) == ["out"]
+
+
 def test_another_finishes_first(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that appears while another run looks at its source is seen before anything is written."""
     out, options, begin = tmp_path / "out", Options(TARGETS["bf16"]), Workspace.begin

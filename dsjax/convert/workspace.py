@@ -146,6 +146,8 @@ class Workspace:
                     self._throw_away()
                 elif not self._placed:
                     check()
+                elif not self.out.exists():
+                    self._throw_away()
                 if not self.folder.exists():
                     self.state.mkdir(parents=True)
                     self.result.mkdir()
@@ -171,11 +173,12 @@ class Workspace:
                 raise InputError(f"{self.folder}: expected no process at work there, found one") from None
             finally:
                 os.close(descriptor)  # nobody begins while this process is alone
+        (self.state / _PLAN).unlink(missing_ok=True)  # first: what is left, if this is stopped, is nobody's
         shutil.rmtree(self.folder)
 
     @property
     def _placed(self) -> bool:
-        """Whether a result has got its name, and a run was stopped before it could tidy up."""
+        """Whether a result has got its name (and perhaps lost it again), and a run was stopped before it tidied up."""
         return (self.state / _COMPLETE).exists() and not self.result.exists()
 
     def _identity(self) -> dict[str, Any] | None:
