@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsjax.config import Config, IntegerQuantization
-from dsjax.convert.plan import Plan
+from dsjax.convert.plan import Job, Plan
 from dsjax.convert.targets import INT4_GROUP, Target
 from dsjax.errors import InputError
 from dsjax.params import EXPERT, FP8_BLOCK, LINEAR, MATRIX
@@ -47,6 +47,23 @@ def _matrices(plan: Plan) -> list[str]:
     return found
 
 
+def _with_head(modules: list[str], plan: Plan) -> list[str]:
+    """A list of modules left in floats: loaders leave the head alone by themselves only where no list is given.
+
+    Of a model whose head is its embedding, under the name that loaders give the module.
+    """
+    rows = ((job, job.parts[0].row) for job in plan.jobs)
+    head = next((_module(job.codes.name) for job, row in rows if row and row.path == ("head",)), "lm_head")
+    return modules if head in modules else [head, *modules]
+
+
+def _pow2(job: Job, old: dict[str, Any]) -> bool:
+    """Whether a weight's scales, if it has any, are known to be powers of two."""
+    if job.encoding is not None:
+        return job.encoding.pow2 or job.encoding.scales is None
+    return all(p.scales is None or p.source.pow2 or old.get("scale_fmt") == "ue8m0" for p in job.parts)
+
+
 def _compressed_tensors(target: Target, ignore: list[str]) -> dict[str, Any]:
     weights: dict[str, Any] = {"num_bits": 8, "type": "int", "strategy": "channel", "group_size": None}
     if target.name != "int8-channel":
@@ -67,7 +84,7 @@ def _compressed_tensors(target: Target, ignore: list[str]) -> dict[str, Any]:
     }
 
 
-def _fp8(target: Target, floats: list[str], v4: bool, old: dict[str, Any]) -> dict[str, Any]:
+def _fp8(target: Target, floats: list[str], v4: bool, old: dict[str, Any], plan: Plan) -> dict[str, Any]:
     section: dict[str, Any] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -75,12 +92,12 @@ def _fp8(target: Target, floats: list[str], v4: bool, old: dict[str, Any]) -> di
         "weight_block_size": list(FP8_BLOCK),
     }
     pow2 = target.name in ("fp8-ue8m0", "mxfp4") or (target.kind == "float" and old.get("scale_fmt") == "ue8m0")
-    if pow2:
+    if pow2 and all(_pow2(job, old) for job in plan.jobs):
         section["scale_fmt"] = "ue8m0"
     elif v4:
         section["scale_fmt"] = "float"
     if floats:
-        section["modules_to_not_convert"] = floats
+        section["modules_to_not_convert"] = _with_head(floats, plan)
     return section
 
 
@@ -144,9 +161,9 @@ def rewritten(data: dict[str, Any], plan: Plan, target: Target, *, v4: bool) -> 
                 "weight_block_size": list(FP8_BLOCK),
             }
             if floats:
-                section["ignored_layers"] = floats
+                section["ignored_layers"] = _with_head(floats, plan)
         else:
-            section = _compressed_tensors(target, _matrices(plan) + floats)
+            section = _compressed_tensors(target, _with_head(_matrices(plan) + floats, plan))
         return {**result, "quantization_config": section}
     if target.kind == "float":
         key = "dtype" if "dtype" in data else "torch_dtype"
@@ -157,10 +174,11 @@ def rewritten(data: dict[str, Any], plan: Plan, target: Target, *, v4: bool) -> 
         key = "ignored_layers" if old.get("quant_method") == "blockwise_int8" else "ignore"
         ignored = list(old.get(key) or [])
         more = [name for name in floats if name not in set(ignored)]
-        return {**result, "quantization_config": {**old, key: ignored + more}}
+        listed = _with_head(ignored + more, plan) if more else ignored
+        return {**result, "quantization_config": {**old, key: listed}}
     if not v4 and not any(name in data for name in ("first_k_dense_replace", "kv_lora_rank")):
-        floats = ["lm_head", *floats]  # of a dense model, whose loaders do not take that for granted
-    section = _fp8(target, floats, v4, old)
+        floats = _with_head(floats, plan)  # of a dense model, whose loaders do not take that for granted
+    section = _fp8(target, floats, v4, old, plan)
     if v4 and formats[EXPERT]:
         nested = "expert_dtype" in old
         value = "fp4" if "e2m1" in formats[EXPERT] else "fp8" if "e4m3" in formats[EXPERT] else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_STACK = re.compile(r"\.experts\.(gate_up_proj|down_proj)")
 _EXPERT = re.compile(r"^(layers\.\d+)\.ffn\.experts\.(\d+)\.(w[123])\.weight$")
 
 # From official names to Hugging Face's modules (spec V4 3.3), in this order. `checkpoint.names` leads back.
@@ -62,6 +63,11 @@ def stack_of(name: str) -> tuple[str, tuple[int, int]] | None:
     layer, expert, which = match.groups()
     stack = "down_proj" if which == "w2" else "gate_up_proj"
     return f"model.{layer}.mlp.experts.{stack}", (int(expert), int(which == "w3"))
+
+
+def is_stack(name: str) -> bool:
+    """Whether a tensor of this name, in any spelling, holds all experts of a layer."""
+    return _STACK.search(name) is not None
 
 
 def scale_name(weight: str, v4: bool) -> str:

@@ -15,7 +15,7 @@ from dsjax.checkpoint.names import official, official_name
 from dsjax.checkpoint.safetensors import DTYPES, Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec
 from dsjax.config import Config, V4Config
-from dsjax.convert.names import hugging_face_name, scale_name, stack_of
+from dsjax.convert.names import hugging_face_name, is_stack, scale_name, stack_of
 from dsjax.convert.targets import Encoding, Target, shape_name, tensor_names
 from dsjax.errors import InputError
 from dsjax.params import EXPERT, INTEGERS, LINEAR, Row, Stored, is_mtp, matrix_shape, table
@@ -25,6 +25,8 @@ UNUSED = "unused"
 
 CARRIED = "original_scales"
 """The folder, beside a result in other formats, that holds the scales of the source, by the weights' names."""
+
+_APART = ": --names official, which takes stacks apart"
 
 _FLOATS = ("bf16", "f16", "f32")
 
@@ -157,20 +159,14 @@ def _file_type(tensor: Tensor) -> str:
 def _own_name(tensor: Tensor, name: str) -> str:
     """The file's name; of a stack's part, the official one; of packed codes, the weight's."""
     own = _unpacked(tensor, name)
+    if is_stack(own):
+        return name
     return own if official_name(own) in (name, own) else name
 
 
 def _unpacked(tensor: Tensor, name: str) -> str:
     """The file's name for a weight, of whose packed codes the table's `name` says nothing."""
     return tensor.name.removesuffix("_packed") if name.endswith(".weight") else tensor.name
-
-
-def _is_stacked(part: Part) -> bool:
-    return (
-        part.row is not None
-        and bool(part.row.experts)
-        and not _unpacked(part.tensor, part.official).endswith(".weight")
-    )
 
 
 def _single_name(part: Part, options: Options, v4: bool) -> str:
@@ -189,7 +185,7 @@ def _groups(parts: Iterable[Part], options: Options, v4: bool) -> Iterator[tuple
         stacked = stack_of(part.official) if v4 else None
         if options.names == "hf" and stacked is not None:
             name, place = stacked
-        elif options.names is None and _is_stacked(part):
+        elif is_stack(part.tensor.name) and (options.names is None or part.row is None):
             name, place = part.tensor.name, (0, part.tensor.offset)
         else:
             order.append((_single_name(part, options, v4), part))
@@ -202,25 +198,46 @@ def _groups(parts: Iterable[Part], options: Options, v4: bool) -> Iterator[tuple
 
 
 def _stack_shape(name: str, parts: list[Part], matrix: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor that holds all parts, each of this shape; of one part, the part's."""
-    if name.endswith(".weight") or len(parts) == 1:
+    """Of a tensor that holds all parts, each of this shape; of a matrix of its own, that."""
+    if not is_stack(name):
         return matrix
-    per_expert = 2 if name.endswith("gate_up_proj") else 1
+    per_expert = 2 if "gate_up_proj" in name else 1
     return (len(parts) // per_expert, matrix[0] * per_expert, *matrix[1:])
+
+
+def _check_alike(name: str, parts: list[Part], options: Options) -> None:
+    """Refuses a stack of parts that differ in format, in the type of their scales, or in what is wanted of them.
+
+    Raises:
+      InputError: naming two of them.
+    """
+
+    def kind(part: Part) -> tuple[object, ...]:
+        return part.element, part.block, part.scales and part.scales.dtype, options.wants(part.name)
+
+    for part in parts:
+        if kind(part) != kind(parts[0]):
+            raise InputError(
+                f"tensor {name}: expected experts of one format, found {parts[0].name} and {part.name} apart"
+            )
 
 
 def _job(name: str, parts: list[Part], options: Options, v4: bool, carried: Files | None) -> Job:
     first = parts[0]
+    _check_alike(name, parts, options)
     encoding = options.target.encoding(first.storage, v4) if options.wants(first.name) else None
     if len(first.shape) != 2:
         encoding = None
     if first.row is not None and encoding is not None and first.source.same(encoding):
         encoding = None
-    for part in parts[1:]:
-        if (part.element, part.scales is None) != (first.element, first.scales is None) or (
-            options.wants(part.name) != options.wants(first.name)
-        ):
-            raise InputError(f"tensor {name}: expected experts of one format, found {first.name} and {part.name} apart")
+    if len(first.shape) == 2 and is_stack(name) and "gate_up_proj" in name:
+        block, n = (encoding or first.source).block[0], first.shape[0]
+        if n % block:
+            flag, way = ("--names hf", "") if options.names == "hf" else (f"--to {options.target.name}", _APART)
+            raise InputError(
+                f"{flag}: tensor {name}: expected a width that is a multiple of {block}, found {n}: "
+                f"no block may hold rows of gate and of up{way}"
+            )
     scale = scale_name(name, v4)
     if first.scales is not None and options.names is None and (encoding is None or not first.source.integers):
         scale = first.scales.name
@@ -237,17 +254,14 @@ def _job(name: str, parts: list[Part], options: Options, v4: bool, carried: File
     n, k = first.shape
     if encoding.element == "e2m1" and k % 2:
         raise InputError(f"--to {options.target.name}: tensor {name}: expected an even width for FP4, found {[n, k]}")
-    if len(parts) > 1 and encoding.block[0] > 1 and n % encoding.block[0] and name.endswith("gate_up_proj"):
-        raise InputError(
-            f"--names hf: tensor {name}: expected a width that is a multiple of {encoding.block[0]}, found {n}: "
-            "no block may hold rows of gate and of up"
-        )
     code_name, new_scale = tensor_names(encoding, options.target, name, scale)
     codes = Spec(code_name, encoding.codes[0], _stack_shape(name, parts, encoding.codes_shape((n, k))))
     scales = kept = None
     if encoding.scales:
         scales = _scales_spec(new_scale, name, parts, encoding.scale_dtype, encoding.grid((n, k)))
     origin = _carried_tensor(first, carried)
+    if len({(o.dtype, o.shape) if (o := _carried_tensor(part, carried)) else None for part in parts}) > 1:
+        origin = None  # which no stack can hold
     if origin is not None and (encoding.scales is None or (first.element == "e2m1" and encoding.element == "e4m3")):
         kept = Spec(name, origin.dtype, _stack_shape(name, parts, origin.shape))
     return Job(tuple(parts), encoding, codes, scales, _shape_spec(code_name, encoding), kept)
@@ -349,6 +363,10 @@ def make_plan(files: Files, config: Config, options: Options, shard_bytes: int) 
         shards[-1].append(job)
         used += job.nbytes
     plan = Plan(named, tuple(map(tuple, shards)), carried)
-    if options.only is not None and not any(options.wants(part.name) for job in plan.jobs for part in job.parts):
-        raise InputError(f"--only {options.only}: expected a pattern of some weights' names, found none that match")
+    parts = [part for job in plan.jobs for part in job.parts if options.target.encoding(part.storage, v4) is not None]
+    if options.only is not None and not any(options.wants(part.name) for part in parts):
+        raise InputError(
+            f"--only {options.only}: expected a pattern of some weights' names that --to {options.target.name} "
+            "converts, found none that match"
+        )
     return plan

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.checkpoint.safetensors import DTYPES
+from dsjax.convert.names import is_stack
 from dsjax.errors import InputError
 from dsjax.params import EXPERT, FP4_BLOCK, FP8_BLOCK, LINEAR, MATRIX
 
@@ -150,7 +151,7 @@ def tensor_names(encoding: Encoding, target: Target, weight: str, scale: str) ->
     """
     if not encoding.integers:
         return weight, scale
-    if not weight.endswith(".weight"):
+    if is_stack(weight):
         raise InputError(
             f"--to {target.name}: tensor {weight}: expected one tensor per expert, found a stack: --names official"
         )
