@@ -107,6 +107,38 @@ def test_fp4_to_fp8_beyond_the_rule(encoding: Encoding) -> None:
     assert not convert_strip(fp4(codes, exponents), Origin("e2m1"), encoding).errors.exact
 
 
+@pytest.mark.parametrize("encoding", FP8)
+@pytest.mark.parametrize("largest", range(1, 8))
+def test_fp4_to_fp8_scales(largest: int, encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest power of two that keeps a block's largest number within 448; the same bytes without tables.
+
+    Channels i and i + 16 of a group have codes whose bits together would be a greater code's.
+    """
+    codes = np.full((128, 128), 1, np.uint8)
+    codes[:, ::16] = largest
+    codes[:, 16::32] = 2 if largest > 2 else 1
+    source = fp4(codes, np.full((128, 4), 2))
+    strip = convert_strip(source, Origin("e2m1"), encoding)
+    limit = MAGNITUDES[largest] * 4
+    exponent = next(e for e in range(-20, 20) if Fraction(2) ** e * 448 >= limit)
+    assert strip.scales is not None and strip.scales.astype(np.float32).item() == 2.0**exponent
+    monkeypatch.setattr(matrix, "convert_by_table", lambda *_: None)
+    plain = convert_strip(source, Origin("e2m1"), encoding)
+    assert plain.scales is not None and plain.scales.tobytes() == strip.scales.tobytes()
+    assert plain.codes.tobytes() == strip.codes.tobytes()
+
+
+def test_fp4_with_scales_of_zero() -> None:
+    """Groups whose float32 scale is zero have no part in a block's ratio."""
+    codes = np.full((128, 128), 7, np.uint8)
+    codes[0, 32:64] = 1
+    scales = np.full((128, 4), 8, np.float32)
+    scales[0, 1:3] = 8 / 2**17, 0
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).view(np.int8)
+    strip = convert_strip(Source(packed, scales, (1, 32), packed=True), Origin("e2m1"), FP8[0])
+    assert not strip.errors.exact and strip.errors.ratios == {17: 1}
+
+
 @pytest.mark.parametrize("shape", [(128, 128), (64, 96), (3, 160), (128, 1056)])
 def test_fp4_and_back(shape: tuple[int, int]) -> None:
     """With the old scales at hand, FP8 becomes the same FP4 bytes again; without, the same values."""

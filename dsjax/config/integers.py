@@ -8,11 +8,11 @@ Three ways of writing it down are read: compressed-tensors (llm-compressor, vLLM
 from __future__ import annotations
 
 import dataclasses
-import re
 from functools import cached_property
 from typing import Any, ClassVar
 
 from dsjax.config.fields import Fields, Quantization, parse_fp8
+from dsjax.config.patterns import plain_expression
 
 METHODS = ("compressed-tensors", "blockwise_int8", "w8a8_int8")
 """Values of quant_method with integer weights."""
@@ -26,7 +26,7 @@ class IntegerGroup:
     """Modules whose weights are stored alike.
 
     Attributes:
-      targets: module names, regular expressions as `re:...`, or "Linear" for all that no other group names.
+      targets: module names, plain expressions (`patterns`) as `re:...`, or "Linear" for all that no other group names.
       format: "int8" (a scale per output channel), "int8-block" (per 128 x 128) or "int4" (per row and 128 channels).
     """
 
@@ -73,7 +73,7 @@ class IntegerQuantization:
 
 def _matches(module: str, target: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
+        return plain_expression(target[3:]).match(module)
     return module == target
 
 
@@ -85,9 +85,9 @@ def _targets(fields: Fields, name: str) -> tuple[str, ...]:
     for target in value:
         if target.startswith("re:"):
             try:
-                re.compile(target[3:])
-            except (re.error, RecursionError, OverflowError):
-                raise Fields({name: target}, fields.where).fail(name, "regular expressions after re:") from None
+                plain_expression(target[3:])
+            except ValueError:
+                raise Fields({name: target}, fields.where).fail(name, "plain expressions after re:") from None
     return tuple(value)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from dsjax.config import read_json_object
 from dsjax.convert.errors import Errors
 from dsjax.convert.plan import Job, Options, Part
+from dsjax.convert.targets import TARGETS
+from dsjax.errors import InputError
 
 CERTIFICATE = "certificate.json"
 VERSION = 1
@@ -130,3 +134,38 @@ def certificate(
         "result": files(result),
         "tensors": {name: one for name, (one, _) in entries.items()},
     }
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, kind) for value in values.values())
+
+
+def _is_hashed(section: Any) -> bool:
+    """Whether it names files and tensors as `certificate` does."""
+    if not isinstance(section, dict) or not _are(dict, section.get("files")) or not _are(str, section.get("tensors")):
+        return False
+    files = section["files"].values()
+    return all(isinstance(f.get("bytes"), int) and isinstance(f.get("sha256"), str) for f in files)
+
+
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """A result's certificate. What it says of tensors, and its summary, may be anything: `verify` compares them.
+
+    Raises:
+      InputError: naming the file, if there is none, or one that convert has not written.
+    """
+    path = folder / CERTIFICATE
+    found = read_json_object(path)
+    to, only, names = found.get("to"), found.get("only"), found.get("names")
+    for name, expected, right in (
+        ("version", str(VERSION), found.get("version") == VERSION),
+        ("to", f"one of {', '.join(TARGETS)}", isinstance(to, str) and to in TARGETS),
+        ("only", "a pattern or null", only is None or isinstance(only, str)),
+        ("names", "hf, official or null", names in (None, "hf", "official")),
+        ("source", "hashes of files and tensors", _is_hashed(found.get("source"))),
+        ("result", "hashes of files and tensors", _is_hashed(found.get("result"))),
+        ("tensors", "an object of objects", _are(dict, found.get("tensors"))),
+    ):
+        if not right:
+            raise InputError(f"{path}: field {name!r}: expected {expected}, found {found.get(name)!r:.80}")
+    return found

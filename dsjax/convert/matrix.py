@@ -114,7 +114,7 @@ def _choose(
 
 
 def _ratios(source: Source, wrong: np.ndarray, columns: slice, rows: int) -> Counter[int]:
-    """Of each block that is not exact: log2 of the ratio of the scales of its groups that are not all zeros."""
+    """Of each block that is not exact: log2 of the ratio of its groups' scales, groups of zeros apart."""
     assert source.scales is not None
     found: Counter[int] = Counter()
     width = FP8_BLOCK[1]
@@ -125,6 +125,9 @@ def _ratios(source: Source, wrong: np.ndarray, columns: slice, rows: int) -> Cou
         scales = np.abs(source.scales[:rows, start // group : -(-stop // group)].astype(np.float32))
         values = source.elements[:rows, start // 2 : stop // 2].view(np.uint8) & 0x77  # signs do not count
         used = np.logical_or.reduceat(values != 0, np.arange(0, values.shape[1], group // 2), axis=1)
+        used &= scales != 0
+        if not used.any():
+            continue  # zeros, which a conversion keeps; a result that is verified may hold anything
         exponents = np.log2(scales[used])
         found[round(float(exponents.max() - exponents.min()))] += 1
     return found

@@ -79,15 +79,18 @@ def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | N
     A block whose largest scale s goes with a 4 or a 6 has its largest number there, and a scale of s / 64.
 
     Args:
-      words: a group's 32 codes, or-ed, uint64 [r, groups].
+      words: a group's 32 codes, uint64 [r, groups, 2].
       exponents: uint8 [r, groups].
     """
     per_block = FP8_BLOCK[1] // FP4_BLOCK[1]
-    used = (words & np.uint64(0x7777777777777777)) != 0
+    first, second = words[..., 0], words[..., 1]
+    used = ((first | second) & np.uint64(0x7777777777777777)) != 0
     largest = np.where(used, exponents, 0).max(axis=0)
     starts = np.arange(0, len(largest), per_block)
     top = np.maximum.reduceat(largest, starts)
-    high = (words & np.uint64(0x4444444444444444)) != 0
+    # Of 4 and 6, whose codes are 6 and 7, both upper bits are set; not so of 2 and 3.
+    both = (first & (first >> np.uint64(1))) | (second & (second >> np.uint64(1)))
+    high = (both & np.uint64(0x2222222222222222)) != 0
     high &= exponents == np.repeat(top, per_block)[: len(largest)]
     if not np.logical_or.reduceat(high.any(axis=0), starts).all() or (top < 7).any():
         return None
@@ -129,7 +132,7 @@ def _from_fp4(source: Source, encoding: Encoding, out: np.ndarray) -> Done | Non
     keys, blocks = (exponents - np.uint8(lowest)).astype(np.uint16), None
     if encoding.element == "e4m3":
         words = packed.view(np.uint64).reshape(r, -1, 2)
-        blocks = _block_exponents(words[..., 0] | words[..., 1], exponents)
+        blocks = _block_exponents(words, exponents)
         if blocks is None:
             return None
         first = int(blocks.min())
