@@ -108,6 +108,19 @@ def test_fp4_to_fp8_beyond_the_rule(encoding: Encoding) -> None:
 
 
 @pytest.mark.parametrize("encoding", FP8)
+def test_fp4_to_fp8_loses_small_values_only(encoding: Encoding) -> None:
+    """Beyond the rule, too, a block keeps a power of two for a scale: what is not tiny is not rounded."""
+    codes = np.full((128, 128), 7, np.uint8)
+    codes[:, 32:] = np.arange(16)[np.arange(96) % 16]
+    exponents = np.zeros((128, 4), int)
+    exponents[:, 3] = -18
+    strip = convert_strip(fp4(codes, exponents), Origin("e2m1"), encoding)
+    assert not strip.errors.exact and strip.errors.summary()["relative_norm"] < 1e-5
+    found, old = decoded(strip, encoding, (128, 128)), fp4(codes, exponents).values(slice(0, 128), slice(0, 128))
+    np.testing.assert_array_equal(bits(found[:, :96]), bits(old[:, :96]))
+
+
+@pytest.mark.parametrize("encoding", FP8)
 @pytest.mark.parametrize("largest", range(1, 8))
 def test_fp4_to_fp8_scales(largest: int, encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest power of two that keeps a block's largest number within 448; the same bytes without tables.

@@ -68,19 +68,24 @@ def _block_any(mask: np.ndarray, block: tuple[int, int], shape: tuple[int, int])
     return np.logical_or.reduceat(rows, np.arange(0, shape[1], bk), axis=1)
 
 
-def _few_bits(values: np.ndarray) -> bool:
-    """Whether some block of rows may be exact with a power of two for a scale: at most 4 significant bits a value."""
+def _few_bits(values: np.ndarray) -> np.ndarray:
+    """Blocks whose values are as short as E4M3's codes, of at most 4 significant bits: bool [blocks]."""
     bits = np.bitwise_or.reduce(values.view(np.uint32), axis=0) & 0xFFFFF
-    return bool((np.bitwise_or.reduceat(bits, np.arange(0, len(bits), FP8_BLOCK[1])) == 0).any())
+    found: np.ndarray = np.bitwise_or.reduceat(bits, np.arange(0, len(bits), FP8_BLOCK[1])) == 0
+    return found
 
 
 def _candidates(values: np.ndarray, encoding: Encoding, old: np.ndarray | None) -> list[np.ndarray]:
-    """Scales to try for each block, the last of them in any case: old ones, then, for E4M3, powers of two."""
+    """Scales to try for each block, the last of them in any case: old ones, then new ones.
+
+    For E4M3 these are powers of two where the values are as short as its codes: nothing is rounded then but what
+    becomes subnormal. Another scale would round them all.
+    """
     amax = largest(values, encoding.block)
-    fresh = new_scales(amax, encoding)
-    found = [fresh]
-    if encoding.element == "e4m3" and not encoding.pow2 and _few_bits(values):
-        found.insert(0, new_scales(amax, dataclasses.replace(encoding, pow2=True)))
+    found = [new_scales(amax, encoding)]
+    if encoding.element == "e4m3" and not encoding.pow2:
+        powers = new_scales(amax, dataclasses.replace(encoding, pow2=True))
+        found = [np.where(_few_bits(values), powers, found[0])]
     if old is not None:
         usable = np.isfinite(old) & (old > 0)
         if encoding.pow2:
