@@ -667,7 +667,7 @@ def test_bad_token_file(case: str, tmp_path: Path, capsys: Capture) -> None:
 
 def test_bad_score_outputs(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before the model is loaded, not after hours of work."""
-    monkeypatch.setattr(verbs, "load", lambda *_, **__: pytest.fail("loaded first"))
+    monkeypatch.setattr(verbs, "load_model", lambda *_, **__: pytest.fail("loaded first"))
     tokens, model = save_tokens(tmp_path), GOLDENS / "v3-mtp"
     base = ["score", "--model", model, "--tokens", tokens]
     good = tmp_path / "a.npy"
