@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format
 
 from dsjax.aot import Shape, account, compile_step, topology_devices
+from dsjax.backend import weight_placement
 from dsjax.cli.main import main
 from dsjax.errors import InputError
 from dsjax.numerics import Numerics
@@ -65,7 +66,7 @@ def _stack(fp4: bool, layers: int, experts: int, n: int, k: int) -> QArray:
     where = jax.sharding.SingleDeviceSharding(topology_devices("v5p:2x2x1")[0])
 
     def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        placed = Format(Layout(tuple(range(len(sizes)))), where) if sizes[-1] >= 128 else where
+        placed = weight_placement(where, jax.ShapeDtypeStruct(sizes, dtype), "tpu")
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=placed)
 
     lead = (layers, experts)
