@@ -1,5 +1,6 @@
 """Number formats and quantised arrays. Knows no model and no mesh."""
 
+from quant.form import FUSED, TILED, Form
 from quant.formats import (
     BF16,
     E2M1,
@@ -34,9 +35,6 @@ from quant.int8 import (
     reference_int8_dot,
 )
 from quant.matmul import (
-    FUSED,
-    TILED,
-    Form,
     block_scaled_dot,
     reference_block_scaled_dot,
     reference_dot,

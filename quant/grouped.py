@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 
+from quant.form import FUSED, Form
 from quant.matmul import (
-    FUSED,
     FUSED_ELEMENTS,
-    Form,
     Index,
     Weight,
     block_scaled_dot,

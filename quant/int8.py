@@ -23,16 +23,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from quant.form import FUSED, Form
 from quant.formats import INT4, INT8, decode, exact_divide, unpack
 from quant.grouped import Groups
 from quant.matmul import (
-    FUSED,
     FUSED_ELEMENTS,
     GROUP_STEPS,
     LANES,
     MAX_STEPS,
     TILE_BYTES,
-    Form,
     Index,
     fused_steps,
     tile_dot,

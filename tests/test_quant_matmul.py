@@ -19,10 +19,10 @@ from dsjax.backend import compiler_options
 from dsjax.config import load_config
 from dsjax.params import VECTOR, abstract_leaf, matrix_shape, official_storage, resident, table
 from quant import matmul
+from quant.form import FUSED
 from quant.formats import BF16, E2M1, E4M3, E5M2, F16, INT4, INT8, Format, round_to_bfloat16
 from quant.grouped import expert_dot
 from quant.matmul import (
-    FUSED,
     block_scaled_dot,
     can_fuse,
     reference_block_scaled_dot,
