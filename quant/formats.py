@@ -156,8 +156,7 @@ def encode(values: jax.Array, fmt: Format) -> jax.Array:
       uint8 [...] (uint16 for the 16-bit formats).
     """
     if fmt == E4M3:
-        clipped = jnp.clip(values, -fmt.max, fmt.max)  # the cast itself overflows to NaN
-        return lax.bitcast_convert_type(clipped.astype(fmt.dtype), fmt.code_dtype)
+        return _encode_e4m3(values)
     if fmt in (E5M2, BF16, F16):
         # The cast overflows to infinity, whose code follows that of the maximum. (A clip would flush bf16 subnormals.)
         cast = values.astype(fmt.dtype)
@@ -173,6 +172,20 @@ def encode(values: jax.Array, fmt: Format) -> jax.Array:
         codes = lax.bitcast_convert_type(integer, jnp.uint8)
         return codes & 0xF if fmt == INT4 else codes
     raise ValueError(f"no encoder for {fmt.name}")
+
+
+def _encode_e4m3(values: jax.Array) -> jax.Array:
+    """In integers and one float32 addition: no backend need know the type, and XLA:CPU takes half a cast's time."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    sign, size = bits >> 24 & 0x80, bits & 0x7FFFFFFF
+    kept = jnp.minimum(size, jnp.uint32(0x43E00000))  # 448
+    # Twenty of the mantissa's bits go, half to even; a carry runs on into the exponent, as it should.
+    normal = ((kept + 0x7FFFF + (kept >> 20 & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes count multiples of 2^-9, to which the sum with 2^14 rounds.
+    shifted = lax.bitcast_convert_type(kept, jnp.float32) + 2.0**14
+    small = lax.bitcast_convert_type(shifted, jnp.uint32) & 0xF
+    code = jnp.where(kept < 121 << 23, small, normal)
+    return (jnp.where(size > 0x7F800000, jnp.uint32(0x7F), code) | sign).astype(jnp.uint8)
 
 
 def round_to_bfloat16(values: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from quant.matmul import (
     tile_dot,
     tile_elements,
 )
+from quant.operator import operator
 from quant.qarray import QArray
 
 MAX_GROUP_ROWS = 128
@@ -89,7 +90,7 @@ def group_tokens(
     blocks = min(p, experts + p // size)
     present = (valid if valid.ndim == 2 else valid[:, None]) & (choices >= 0)
     flat = jnp.where(present, choices, experts).reshape(p)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    order = sort_assignments(flat, experts)
     counts = jnp.zeros(experts + 1, jnp.int32).at[flat].add(1)[:experts]
     per_expert = (counts + size - 1) // size
     last_block = jnp.cumsum(per_expert)
@@ -101,6 +102,28 @@ def group_tokens(
     place = jnp.where(full, (jnp.cumsum(counts) - counts)[expert][:, None] + rank, p).reshape(-1)
     assignment = order.at[place].get(mode="fill", fill_value=p)
     return Groups(assignment, expert, last_block[-1], size)
+
+
+@operator("sort_assignments", first="sort")
+def sort_assignments(experts_of: Int32[Array, " P"], experts: int) -> Int32[Array, " P"]:
+    """The order that sorts assignments by expert, stable: int32 [P], the assignment at each place.
+
+    Args:
+      experts_of: int32 [P], the expert of each, `experts` for none.
+      experts: E.
+    """
+    return jnp.argsort(experts_of, stable=True).astype(jnp.int32)
+
+
+@sort_assignments.variant("count", bound=0.0)
+def _count_assignments(experts_of: jax.Array, experts: int) -> jax.Array:
+    """By counting how many come before each: sums and one scatter, no sort."""
+    same = experts_of[:, None] == jnp.arange(experts + 1, dtype=jnp.int32)
+    ones = same.astype(jnp.int32)
+    counts = ones.sum(axis=0)
+    before = jnp.cumsum(ones, axis=0) - ones + jnp.cumsum(counts) - counts
+    place = jnp.where(same, before, 0).sum(axis=1)
+    return jnp.zeros_like(place).at[place].set(jnp.arange(len(place), dtype=jnp.int32), unique_indices=True)
 
 
 def expert_dot(
@@ -121,6 +144,7 @@ def expert_dot(
     return tile_dot(tile, x, form)
 
 
+@operator("batched_dot", first="form")
 def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = (), form: Form = FUSED) -> Float32[Array, "G T N"]:
     """x[g] times the transpose of w[*index, g] for every g: few tokens, many matrices at a time; else one by one, for
     XLA:CPU takes a product of several, whose operand was moved there, to float32.

@@ -37,6 +37,7 @@ from quant.matmul import (
     tile_dot,
     tile_rows,
 )
+from quant.operator import operator
 from quant.qarray import WHOLE, QArray, expand_scales
 from quant.transforms import GROUP, SCALE_FLOOR
 
@@ -77,6 +78,7 @@ class Int8Rows:
         return dataclasses.replace(self, codes=codes, scales=scales)
 
 
+@operator("act_quant_int8")
 def act_quant_int8(
     x: Float[Array, "*batch K"], group: int = WHOLE, largest: Callable[[jax.Array], jax.Array] = lambda amax: amax
 ) -> Int8Rows:
@@ -272,6 +274,7 @@ def int8_tile_dot(tile: QArray, rows: Int8Rows, form: Form = FUSED) -> Float32[A
 # --- one matrix of a stack, and several ------------------------------------------------------------------------------
 
 
+@operator("int8_dot", first="form")
 def int8_dot(rows: Int8Rows, w: QArray, index: Index = (), form: Form = FUSED) -> Float32[Array, "*batch N"]:
     """y[..., n] = sum_k x[..., k] w[index][n, k], in integers as far as scales are shared.
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
-from quant.form import FUSED, Form
+from quant.form import FUSED, TILED, Form
 from quant.formats import (
     BF16,
     E2M1,
@@ -34,6 +34,7 @@ from quant.formats import (
     round_to_bfloat16,
     unpack,
 )
+from quant.operator import operator
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 TILE_BYTES = 4 << 20
@@ -357,6 +358,7 @@ def take_tile(w: Weight, index: Index, start: Any, rows: int, *, stride: int) ->
     return lax.dynamic_slice(w, (*index, start, 0), (1,) * len(index) + (rows, w.shape[-1])).reshape(rows, -1)
 
 
+@operator("block_scaled_dot", first="form")
 def block_scaled_dot(
     x: Float[Array, "*batch K"], w: Weight, index: Index = (), form: Form = FUSED
 ) -> Float32[Array, "*batch N"]:
@@ -410,3 +412,21 @@ def block_scaled_dot(
         if full * rows < n:
             y = lax.dynamic_update_slice(y, one(full * rows, n - full * rows), (0, full * rows))
     return y.reshape(*x.shape[:-1], n)
+
+
+@block_scaled_dot.variant("fused", bound=1e-6)
+def _fused(x: jax.Array, w: Weight, index: Index = (), form: Form = FUSED) -> jax.Array:
+    """In the form for compilers that fuse decoding, product and sum (`quant.FUSED`)."""
+    return block_scaled_dot.variants["form"].body(x, w, index, FUSED)
+
+
+@block_scaled_dot.variant("tiled", bound=1e-6)
+def _tiled(x: jax.Array, w: Weight, index: Index = (), form: Form = FUSED) -> jax.Array:
+    """In the form for matrix units (`quant.TILED`)."""
+    return block_scaled_dot.variants["form"].body(x, w, index, TILED)
+
+
+@block_scaled_dot.variant("whole", bound=1e-6)
+def _whole(x: jax.Array, w: Weight, index: Index = (), form: Form = FUSED) -> jax.Array:
+    """The weight decoded whole, then one float32 product: no loop, and the memory of a decoded weight."""
+    return reference_dot(x, w, index)

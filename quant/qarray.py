@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import export, lax
 
 from quant.formats import E8M0, FORMATS, Format, decode, unpack
+from quant.operator import operator
 
 WHOLE = 0
 """Block size that stands for the whole axis: (1, WHOLE) is one scale per output channel."""
@@ -111,6 +112,7 @@ class QArray:
         )
 
 
+@operator("look_up")
 def look_up(q: QArray, rows: jax.Array) -> jax.Array:
     """Rows of a matrix by their numbers: q [N, K], rows int [...] -> float32 [..., K]."""
     codes = q.codes[rows]

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from quant.formats import E4M3, E8M0, Format, decode, encode, encode_e8m0_ceil, exact_divide, pack
+from quant.operator import operator
 from quant.qarray import QArray, dequantise, expand_scales, scale_values
 
 AMAX_FLOOR = 1e-4
@@ -66,6 +67,7 @@ def quantise(x: jax.Array, fmt: Format, block: tuple[int, int], *, pow2: bool = 
     )
 
 
+@operator("act_quant")
 def act_quant(x: jax.Array, *, pow2: bool, group: int = GROUP) -> tuple[jax.Array, jax.Array]:
     """DeepSeek's activation quantisation: E4M3 per 1 x group of the last axis (spec V3 4.2).
 

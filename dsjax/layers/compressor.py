@@ -22,6 +22,7 @@ from dsjax.layers.norm import rms_norm
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import block_scaled_dot
+from quant.operator import operator
 from quant.rows import RowFormat
 
 
@@ -70,7 +71,7 @@ class Compressor:
     numerics: Numerics
     finish: Callable[[jax.Array], jax.Array]
 
-    def __call__(
+    def advance(
         self,
         x: Float[Array, "B T D"],
         state: Compressed,
@@ -128,3 +129,16 @@ class Compressor:
             k, z = (jnp.concatenate([a[:, :, :r, :channels], a[:, :, r:, channels:]], axis=2) for a in (k, z))
         c = self.numerics.round(pool(k, z, seen))
         return rms_norm(c, self.params["norm"][layer], self.eps)
+
+
+@operator("compressor")
+def compressor(
+    bound: Compressor,
+    x: Float[Array, "B T D"],
+    state: Compressed,
+    layer: Any,
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Compressed:
+    """One layer's compressor takes new tokens, and appends the entries that they complete (spec V4 2.4)."""
+    return bound.advance(x, state, layer, positions, valid)

@@ -12,35 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsjax.config import ExpertConfig
-from dsjax.numerics import Numerics, Operand, Rows
+from dsjax.layers.grouped_matmul import Expert, grouped_matmul
+from dsjax.layers.swiglu import swiglu
+from dsjax.numerics import Numerics, Rows
 from dsjax.params import Tree
-from quant import QArray, block_scaled_dot, group_size, group_tokens, grouped_sum
+from quant import block_scaled_dot
 from sharding import UNSPLIT, Rules, choose_dispatch, expert_parallel
-
-
-def swiglu(
-    gate: Float[Array, "*batch M"],
-    up: Float[Array, "*batch M"],
-    numerics: Numerics,
-    limit: float | None = None,
-    weight: Float32[Array, "*batch 1"] | None = None,
-) -> Float[Array, "*batch M"]:
-    """weight * silu(gate) * up in float32, rounded once (spec V3 2.5, V4 2.8).
-
-    Args:
-      gate, up: [..., M].
-      limit: V4's clamp, from above on the gate, from both sides on the other.
-      weight: float32 [..., 1], one if not given.
-    """
-    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if limit is not None:
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    divisor = 1 + jnp.exp(-gate)
-    # In native DeepSeek's order of roundings. Else the division last: XLA:CPU never repeats one inside the product that
-    # follows, as it would a multiplication.
-    inner = gate / divisor * up if numerics.native else gate * up / divisor
-    # The weight not before the division: XLA:CPU would split gate's and up's products into two results.
-    return numerics.round(inner if weight is None else inner * weight)
 
 
 class SwiGLU(nnx.Module):
@@ -139,24 +116,11 @@ class Experts(nnx.Module):
           layer: index into the stack.
           assignments: how many are expected, which decides how they are grouped and multiplied (`group_size`).
         """
-        gate, up, down = self.gate[...], self.up[...], self.down[...]
-        numerics, limit, early = self.numerics, self.config.swiglu_limit, self.config.weights_before_down
-        experts = gate.shape[1]
-        operand = numerics.dequantised(rows)
-        groups = group_tokens(choices, experts, present, group_size(assignments, experts, numerics.form))
-
-        def expert(rows: Operand, chosen: jax.Array, weight: jax.Array) -> jax.Array:
-            def dot(x: Operand, w: jax.Array | QArray, whole: bool = True) -> jax.Array:
-                out = numerics.expert_dot(x, w, chosen, (layer,))
-                return numerics.round(out) if whole else out
-
-            weight = weight[..., None]
-            inner = swiglu(dot(rows, gate), dot(rows, up), numerics, limit, weight if early else None)
-            out = dot(numerics.operand(inner, down, self.largest), down, self.whole)
-            return out if early else out.astype(jnp.float32) * weight
-
-        at_once = numerics.experts_at_once(groups, (gate, up, down), operand, assignments)
-        return grouped_sum(expert, operand, groups, at_once, weights)
+        matrices = self.gate[...], self.up[...], self.down[...]
+        expert = Expert(
+            self.numerics, self.config.swiglu_limit, self.config.weights_before_down, self.whole, self.largest
+        )
+        return grouped_matmul(matrices, rows, choices, weights, present, layer, assignments, expert)
 
 
 Gate = Callable[[jax.Array], tuple[jax.Array, jax.Array]]

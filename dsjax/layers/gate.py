@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from dsjax.config import V3Config, V4Config
+from dsjax.layers.top_k import top_k
+from quant.operator import operator
 
 
+@operator("sqrtsoftplus_gate")
 def sqrtsoftplus_gate(
     scores: Float32[Array, "T E"],
     bias: Float32[Array, " E"] | None,
@@ -29,11 +31,12 @@ def sqrtsoftplus_gate(
     g = jnp.sqrt(jax.nn.softplus(scores.astype(jnp.float32)))
     if choices is None:
         assert bias is not None
-        choices = lax.top_k(g + bias, config.num_experts_per_tok)[1]
+        choices = top_k(g + bias, config.num_experts_per_tok)[1]
     weights = jnp.take_along_axis(g, choices, axis=-1)
     return choices, weights / weights.sum(axis=-1, keepdims=True) * config.routed_scaling_factor
 
 
+@operator("moe_gate")
 def moe_gate(
     scores: Float32[Array, "T E"], bias: Float32[Array, " E"] | None, config: V3Config
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
@@ -56,11 +59,11 @@ def moe_gate(
     if config.topk_method != "greedy" and config.n_group > 1:
         groups = ranking.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
         best = 2 if config.topk_method == "noaux_tc" else 1
-        group_score = lax.top_k(groups, best)[0].sum(axis=-1)
-        kept = lax.top_k(group_score, config.topk_group)[1]
+        group_score = top_k(groups, best)[0].sum(axis=-1)
+        kept = top_k(group_score, config.topk_group)[1]
         mask = jax.nn.one_hot(kept, config.n_group, dtype=jnp.bool_).any(axis=1)
         ranking = jnp.where(mask[:, :, None], groups, -jnp.inf).reshape(ranking.shape)
-    choices = lax.top_k(ranking, config.num_experts_per_tok)[1]
+    choices = top_k(ranking, config.num_experts_per_tok)[1]
     weights = jnp.take_along_axis(probabilities, choices, axis=-1)
     if config.norm_topk_prob:
         weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -13,13 +13,46 @@ from jaxtyping import Array, Float
 
 from dsjax.cache import Cache
 from dsjax.cache.per_token import row_format
-from dsjax.cache.rows import read_rows, row_block, write_rows
+from dsjax.cache.rows import Rows, read_rows, row_block, write_rows
 from dsjax.config import DenseConfig
 from dsjax.layers.attend import Call, attend, einsum, slice_queries
 from dsjax.layers.rope import rope_halves
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from quant.operator import operator
 from sharding import UNSPLIT, Rules
+
+
+@operator("gqa")
+def gqa(
+    q: Float[Array, "B T P G U"], rows: Rows, layer: Any, call: Call, config: DenseConfig, numerics: Numerics
+) -> Float[Array, "B T H U"]:
+    """Attention on all cached keys and values (spec V3 2.9).
+
+    Args:
+      q: [B, T, P, G, U], rotated: G query heads of each of P key-value heads.
+      rows: the cache's, the new ones already written.
+      layer: index into them.
+
+    Returns:
+      [B, T, P G, U] in the activation dtype.
+    """
+    b, _, heads, group, width = q.shape
+    row, size = row_format(config, numerics), row_block(rows.shape[2])
+
+    def load(j: Any) -> jax.Array:
+        return row.decode(read_rows(rows, layer, j, size, call.end)).reshape(b, size, heads, 2 * width)
+
+    def score(keys: jax.Array, first: Any, size: int) -> jax.Array:
+        s = einsum("btpgu,bspu->bpgts", slice_queries(q, first, size), keys[..., :width]) * config.softmax_scale
+        return s.reshape(b, -1, *s.shape[3:])
+
+    def value(p: jax.Array, keys: jax.Array) -> jax.Array:
+        grouped = p.reshape(b, heads, -1, *p.shape[2:])
+        out = einsum("bpgts,bspu->bpgtu", grouped, keys[..., width:])
+        return out.reshape(b, -1, *out.shape[3:])
+
+    return numerics.round(attend(load, score, value, call, size, heads * group, width, numerics))
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -63,7 +96,7 @@ class GroupedQueryAttention(nnx.Module):
         b, t = x.shape[:2]
         width = config.head_dim
         heads = self.k[...].shape[-2] // width  # of this device
-        row, size, filled = row_format(config, numerics), row_block(cache.capacity), call.end
+        row = row_format(config, numerics)
         with jax.named_scope("queries"):
             q = numerics.round(rope_halves(self._project(x, "q", layer), call.table))
             q = q.reshape(b, t, heads, -1, width)
@@ -72,20 +105,8 @@ class GroupedQueryAttention(nnx.Module):
             new = jnp.concatenate([k, self._project(x, "v", layer)], axis=-1).reshape(b, t, -1)
             rows = write_rows(cache.rows, layer, call.positions, call.valid, row.encode(new))
 
-        def load(j: Any) -> jax.Array:
-            return row.decode(read_rows(rows, layer, j, size, filled)).reshape(b, size, heads, 2 * width)
-
-        def score(keys: jax.Array, first: Any, size: int) -> jax.Array:
-            s = einsum("btpgu,bspu->bpgts", slice_queries(q, first, size), keys[..., :width]) * config.softmax_scale
-            return s.reshape(b, -1, *s.shape[3:])
-
-        def value(p: jax.Array, keys: jax.Array) -> jax.Array:
-            grouped = p.reshape(b, heads, -1, *p.shape[2:])
-            out = einsum("bpgts,bspu->bpgtu", grouped, keys[..., width:])
-            return out.reshape(b, -1, *out.shape[3:])
-
         with jax.named_scope("attend"):
-            out = numerics.round(attend(load, score, value, call, size, heads * q.shape[3], width, numerics))
+            out = gqa(q, rows, layer, call, config, numerics)
         with jax.named_scope("output"):
             total, largest = partial(self.rules.sum, "heads"), partial(self.rules.largest, "heads")
             out = numerics.linear(out.reshape(b, t, -1), self.o[...], (layer,), total, largest)

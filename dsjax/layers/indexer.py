@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsjax.cache.rows import INDEX_BLOCK, Rows, read_rows, row_block
 from dsjax.layers.query_blocks import by_query_blocks, scanned_queries
+from dsjax.layers.top_k import top_k
+from quant.operator import operator
 from quant.rows import RowFormat
 
 
@@ -37,6 +39,7 @@ def _bfloat16(x: jax.Array) -> jax.Array:
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
+@operator("lightning_indexer")
 def lightning_indexer(
     q: Float[Array, "B T I X"],
     weights: Float[Array, "B T I"],
@@ -74,7 +77,7 @@ def lightning_indexer(
             scores = jnp.where(numbers < visible[..., None], scores, -jnp.inf)
             values = jnp.concatenate([best[0], scores], axis=-1).reshape(b * t, -1)
             names = jnp.concatenate([best[1], jnp.broadcast_to(numbers, scores.shape)], axis=-1).reshape(b * t, -1)
-            top, at = lax.top_k(values, k)
+            top, at = top_k(values, k)
             return top.reshape(b, t, k), jnp.take_along_axis(names, at, axis=-1).reshape(b, t, k)
 
         start = jnp.full((b, t, k), -jnp.inf), jnp.full((b, t, k), -1, jnp.int32)

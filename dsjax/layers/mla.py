@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from dsjax.cache import Cache
 from dsjax.cache.per_token import row_format
-from dsjax.cache.rows import gather_rows, read_rows, row_block, write_rows
+from dsjax.cache.rows import Rows, gather_rows, read_rows, row_block, write_rows
 from dsjax.config import V3Config
 from dsjax.layers.attend import Call, attend, attend_once, einsum, slice_queries
 from dsjax.layers.norm import rms_norm
@@ -27,6 +27,7 @@ from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import QArray, block_scaled_dot, dequantise, retile, take_tile, tile_dot, transposed_tile_dot
 from quant.matmul import TILE_BYTES
+from quant.operator import operator
 from sharding import UNSPLIT, Rules
 
 
@@ -201,6 +202,89 @@ def choose_form(tokens: int, config: V3Config, numerics: Numerics) -> str:
     return "naive" if naive <= absorbed and not numerics.native else "absorbed"
 
 
+@operator("mla", first="auto")
+def mla(
+    q_nope: Float[Array, "B T H N"],
+    q_rope: Float[Array, "B T H R"],
+    rows: Rows,
+    kv_b: jax.Array | QArray,
+    layer: tuple[Any, Any],
+    call: Call,
+    config: V3Config,
+    numerics: Numerics,
+) -> Float[Array, "B T H U"]:
+    """Attention on all cached latents, in the form that `choose_form` says (spec V3 2.4).
+
+    Args:
+      q_nope: [B, T, H, N]; q_rope: [B, T, H, R], rotated.
+      rows: the cache's, the new ones already written.
+      kv_b: stack of [HG, C].
+      layer: (index into the weight stack, index into the cache).
+
+    Returns:
+      [B, T, H, U] in the activation dtype.
+    """
+    (index, place), row, size = layer, row_format(config, numerics), row_block(rows.shape[2])
+
+    def latents(j: Any) -> jax.Array:
+        return row.decode(read_rows(rows, place, j, size, call.end))
+
+    form = {"absorbed": absorbed_attention, "naive": naive_attention}[choose_form(q_nope.shape[1], config, numerics)]
+    return form(q_nope, q_rope, latents, kv_b, index, call, size, config, numerics)
+
+
+def _in_form(form: str, args: Any) -> jax.Array:
+    *arrays, numerics = args
+    out: jax.Array = mla.variants["auto"].body(*arrays, dataclasses.replace(numerics, mla=form))
+    return out
+
+
+@mla.variant("absorbed", bound=1e-5)
+def _absorbed(*args: Any) -> jax.Array:
+    """On the latents themselves, kv_b applied to queries and outputs."""
+    return _in_form("absorbed", args)
+
+
+@mla.variant("naive", bound=1e-5)
+def _naive(*args: Any) -> jax.Array:
+    """On keys and values expanded from the latents."""
+    return _in_form("naive", args)
+
+
+@operator("sparse_mla", first="gather")
+def sparse_mla(
+    q_nope: Float[Array, "B T H N"],
+    q_rope: Float[Array, "B T H R"],
+    rows: Rows,
+    chosen: Int32[Array, "B T k"],
+    kv_b: jax.Array | QArray,
+    layer: tuple[Any, Any],
+    config: V3Config,
+    numerics: Numerics,
+) -> Float[Array, "B T H U"]:
+    """Absorbed attention on the chosen positions, gathered for a few queries at a time (spec V3 2.8).
+
+    Args:
+      chosen: int32 [B, T, k], positions, -1 for none.
+      q_nope, q_rope, rows, kv_b, layer: as in `mla`.
+    """
+    (index, place), row, c = layer, row_format(config, numerics), config.kv_lora_rank
+
+    def block(_: Any, query: jax.Array, chosen: jax.Array) -> jax.Array:
+        keys = row.decode(gather_rows(rows, place, chosen))
+        scores = einsum("btha,btka->bthk", query, keys) * config.softmax_scale
+        # Not -inf: an empty slot's padding has no key at all, and must not become NaN.
+        scores = jnp.where((chosen >= 0)[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        p, total = attend_once(scores, numerics)
+        return einsum("bthk,btkc->bthc", p, keys[..., :c]) / total
+
+    def context(query: jax.Array) -> jax.Array:
+        size = gathered_queries(query.shape[0], chosen.shape[-1], config.latent_dim)
+        return by_query_blocks(block, size, query, chosen)
+
+    return absorbed(q_nope, q_rope, kv_b, index, context, config, numerics)
+
+
 class Attention(nnx.Module):
     """MLA. Leaves stacked over layers: kv_a, kv_norm, kv_b, o; q_a, q_norm, q_b, or q where q_lora_rank is null.
 
@@ -264,52 +348,21 @@ class Attention(nnx.Module):
             cache = dataclasses.replace(cache, rows=write_rows(cache.rows, place, call.positions, call.valid, new))
         if self.indexer is not None:
             cache = self.indexer.remember(x, cache, layer, call)
-        size, filled = row_block(cache.capacity), call.end
 
         def dense() -> jax.Array:
-            def latents(j: Any) -> jax.Array:
-                return row.decode(read_rows(cache.rows, place, j, size, filled))
-
-            form = {"absorbed": absorbed_attention, "naive": naive_attention}[choose_form(x.shape[1], config, numerics)]
-            return form(q_nope, q_rope, latents, self.kv_b[...], index, call, size, config, numerics)
+            return mla(q_nope, q_rope, cache.rows, self.kv_b[...], layer, call, config, numerics)
 
         def sparse() -> jax.Array:
             assert self.indexer is not None
             chosen = self.indexer.choose(x, low, cache, layer, call)
-            return self._chosen(q_nope, q_rope, cache, chosen, layer)
+            return sparse_mla(q_nope, q_rope, cache.rows, chosen, self.kv_b[...], layer, config, numerics)
 
         with jax.named_scope("attend"):
             if config.indexer is None or cache.capacity <= config.indexer.topk:
                 out = dense()
             else:
-                out = lax.cond(filled.max() <= config.indexer.topk, dense, sparse)
+                out = lax.cond(call.end.max() <= config.indexer.topk, dense, sparse)
         with jax.named_scope("output"):
             out = out.reshape(*x.shape[:2], -1)
             total, largest = partial(self.rules.sum, "heads"), partial(self.rules.largest, "heads")
             return numerics.linear(out, self.o[...], (index,), total, largest), cache
-
-    def _chosen(
-        self,
-        q_nope: Float[Array, "B T H N"],
-        q_rope: Float[Array, "B T H R"],
-        cache: Cache,
-        chosen: Int32[Array, "B T k"],
-        layer: tuple[Any, Any],
-    ) -> Float[Array, "B T H U"]:
-        """Absorbed attention on the chosen positions, gathered for a few queries at a time (spec V3 2.8)."""
-        config, numerics, (index, place) = self.config, self.numerics, layer
-        row, c = row_format(config, numerics), config.kv_lora_rank
-
-        def block(_: Any, query: jax.Array, chosen: jax.Array) -> jax.Array:
-            keys = row.decode(gather_rows(cache.rows, place, chosen))
-            scores = einsum("btha,btka->bthk", query, keys) * config.softmax_scale
-            # Not -inf: an empty slot's padding has no key at all, and must not become NaN.
-            scores = jnp.where((chosen >= 0)[:, :, None], scores, jnp.finfo(jnp.float32).min)
-            p, total = attend_once(scores, numerics)
-            return einsum("bthk,btkc->bthc", p, keys[..., :c]) / total
-
-        def context(query: jax.Array) -> jax.Array:
-            size = gathered_queries(query.shape[0], chosen.shape[-1], config.latent_dim)
-            return by_query_blocks(block, size, query, chosen)
-
-        return absorbed(q_nope, q_rope, self.kv_b[...], index, context, config, numerics)

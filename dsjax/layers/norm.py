@@ -7,14 +7,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from dsjax.numerics import Numerics
+from quant.operator import operator
 
 
+@operator("rms_norm")
 def rms_norm(x: Float[Array, "*batch D"], gain: Float32[Array, " D"], eps: float) -> Float32[Array, "*batch D"]:
     """x * rsqrt(mean(x^2) + eps) * gain over the last axis, in float32 and not rounded (spec V3 2.1)."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
+@operator("layer_norm")
 def layer_norm(
     x: Float[Array, "*batch D"], gain: Float32[Array, " D"], bias: Float32[Array, " D"], eps: float
 ) -> Float32[Array, "*batch D"]:
@@ -44,6 +47,7 @@ def add_norm(
     return numerics.round(total), numerics.round(rms_norm(total, gain, eps))
 
 
+@operator("head_norm")
 def head_norm(q: Float[Array, "B T H U"], eps: float, numerics: Numerics) -> Float[Array, "B T H U"]:
     """Each head's vector over its root mean square, without a gain (spec V4 2.3, step 2).
 

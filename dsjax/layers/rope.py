@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 from dsjax.config import Llama3Rope, V3Config, Yarn
 from dsjax.config.v3 import yarn_magnitude
 from dsjax.numerics import Numerics
+from quant.operator import operator
 
 
 def rope_frequencies(channels: int, theta: float, yarn: Yarn | None) -> np.ndarray:
@@ -76,6 +77,7 @@ def inverse(table: RopeTable) -> RopeTable:
     return table[0], -table[1]
 
 
+@operator("rope")
 def rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float32[Array, "B T *H R"]:
     """Rotates the pairs (x[2i], x[2i+1]) of the last axis, in float32 (spec V3 2.3).
 
@@ -90,6 +92,16 @@ def rope(x: Float[Array, "B T *H R"], table: RopeTable) -> Float32[Array, "B T *
     return turned.reshape(x.shape)
 
 
+@rope.variant("swap", bound=1e-6)
+def _swapped(x: jnp.ndarray, table: RopeTable) -> jnp.ndarray:
+    """x * cos + swapped * sin with each pair's channels swapped by a reshape and a reverse: no strided slice."""
+    cos, sin = (t if x.ndim == 3 else t[:, :, None] for t in table)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    signed = jnp.stack([-sin, sin], axis=-1)
+    return (pairs * cos[..., None] + pairs[..., ::-1] * signed).reshape(x.shape)
+
+
+@operator("rope_halves")
 def rope_halves(x: Float[Array, "B T *H U"], table: RopeTable) -> Float32[Array, "B T *H U"]:
     """Rotates the pairs (x[i], x[i + R/2]) of the first R channels, R as many as the table has, in float32.
 
@@ -107,6 +119,7 @@ def rope_halves(x: Float[Array, "B T *H U"], table: RopeTable) -> Float32[Array,
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], axis=-1)
 
 
+@operator("rope_tail")
 def rope_tail(x: Float[Array, "B T *H U"], table: RopeTable, numerics: Numerics) -> Float[Array, "B T *H U"]:
     """Rotates the last channels of vectors laid out [nope | rope], as many as the table has (spec V4 2.0).
 

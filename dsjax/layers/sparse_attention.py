@@ -29,7 +29,7 @@ from dsjax.cache.v4 import (
 )
 from dsjax.config import V4Config
 from dsjax.config.v4 import CSA, HCA
-from dsjax.layers.compressor import Compressor
+from dsjax.layers.compressor import Compressor, compressor
 from dsjax.layers.indexer import lightning_indexer
 from dsjax.layers.norm import head_norm, rms_norm
 from dsjax.layers.query_blocks import QUERY_BLOCK, by_query_blocks, gathered_queries
@@ -38,6 +38,7 @@ from dsjax.layers.sink_attention import Keys, sink_attention
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import E2M1, batched_dot, fake_quantise, hadamard, split_rows
+from quant.operator import operator
 from quant.rows import INDEX_GROUP, RowFormat
 from sharding import UNSPLIT, Rules, gather, scatter_sum
 
@@ -198,7 +199,7 @@ class SparseAttention:
         with jax.named_scope("indexer"):
             chosen = self.choose(low, x, cache, call)
         with jax.named_scope("attend"):
-            out = self._attend(q, keys, chosen, cache, call)
+            out = sparse_attention(self, q, keys, chosen, cache, call)
             out = rope_tail(out, inverse(table), numerics)
         with jax.named_scope("output"):
             return grouped_output(out, params["o_a"], params["o_b"], self.layer, numerics, self.rules), cache
@@ -212,8 +213,8 @@ class SparseAttention:
             return rope_tail(numerics.round(entry), table, numerics)
 
         def advance(params: Tree, state: Compressed, row: RowFormat, finish: Any) -> Compressed:
-            compressor = Compressor(params, self.ratio, row, eps, numerics, finish)
-            return compressor(x, state, self.place, call.positions, call.valid)
+            bound = Compressor(params, self.ratio, row, eps, numerics, finish)
+            return compressor(bound, x, state, self.place, call.positions, call.valid)
 
         if self.ratio == HCA:
             assert cache.hca is not None
@@ -261,7 +262,7 @@ class SparseAttention:
         k = config.index_topk
         return lightning_indexer(q, weights, keys, self.place, visible, k, self.index_row, rounded=self.numerics.native)
 
-    def _attend(
+    def attend(
         self, q: Float[Array, "B T H U"], window: WindowKeys, chosen: jax.Array | None, cache: V4Cache, call: Call
     ) -> Float[Array, "B T H U"]:
         """Over the window and the entries, a block of queries at a time."""
@@ -293,3 +294,16 @@ class SparseAttention:
             return keys, j * size + jnp.arange(size) < visible[..., None]
 
         return Keys((count.max() + size - 1) // size, load)
+
+
+@operator("sparse_attention")
+def sparse_attention(
+    layer: SparseAttention,
+    q: Float[Array, "B T H U"],
+    window: WindowKeys,
+    chosen: Int32[Array, "B T k"] | None,
+    cache: V4Cache,
+    call: Call,
+) -> Float[Array, "B T H U"]:
+    """Attention over the window and the entries, all of them or the chosen ones (spec V4 2.3)."""
+    return layer.attend(q, window, chosen, cache, call)

@@ -17,6 +17,7 @@ from dsjax.config import V4Config
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
 from quant import block_scaled_dot
+from quant.operator import operator
 
 
 def sinkhorn(logits: Float32[Array, "*batch n n"], iterations: int, eps: float) -> Float32[Array, "*batch n n"]:
@@ -54,6 +55,7 @@ def _mixes(streams: jax.Array, params: Tree, index: tuple[Any, ...], config: V4C
     return block_scaled_dot(z, params["fn"], index, numerics.form) * rho
 
 
+@operator("hyper_connection_pre")
 def hyper_connection_pre(
     streams: Float[Array, "B T n D"], params: Tree, index: tuple[Any, ...], config: V4Config, numerics: Numerics
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T n"], Float32[Array, "B T n n"]]:
@@ -83,6 +85,7 @@ def _weighted_sum(weights: jax.Array, streams: jax.Array) -> jax.Array:
     return sum(terms[1:], terms[0])
 
 
+@operator("hyper_connection_post")
 def hyper_connection_post(
     output: Float[Array, "B T D"],
     streams: Float[Array, "B T n D"],
@@ -98,6 +101,7 @@ def hyper_connection_post(
     return numerics.round(jnp.stack(new, axis=-2))
 
 
+@operator("hyper_connection_head")
 def hyper_connection_head(
     streams: Float[Array, "B T n D"], params: Tree, index: tuple[Any, ...], config: V4Config, numerics: Numerics
 ) -> Float[Array, "B T D"]:

@@ -24,6 +24,7 @@ from dsjax.layers.rope import llama3_frequencies, rope_table
 from dsjax.models import ends
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from quant.operator import enter_layer
 from sharding import UNSPLIT, Rules
 
 new_cache = init_cache
@@ -55,6 +56,7 @@ class Dense(nnx.Module):
 
         def layer(carry: tuple[jax.Array, jax.Array, Cache], i: jax.Array) -> tuple[Any, None]:
             residual, delta, cache = carry
+            enter_layer(i)
             with jax.named_scope("norm"):
                 residual, x = add_norm(residual, delta, self.input_norm[...][i], eps, numerics)
             delta, cache = self.attention(x, cache, i, call)
@@ -66,6 +68,7 @@ class Dense(nnx.Module):
 
         carry = residual, jnp.zeros_like(residual), cache
         (residual, delta, cache), _ = lax.scan(layer, carry, jnp.arange(config.num_hidden_layers))
+        enter_layer(-1)
         _, hidden = add_norm(residual, delta, self.norm[...], eps, numerics)
         logits = ends.logits(hidden, self.head[...], n_new, want, numerics, self.rules)
         return logits, hidden, dataclasses.replace(cache, length=cache.length + n_new)

@@ -26,6 +26,7 @@ from dsjax.layers.norm import add_norm, rms_norm
 from dsjax.models import ends
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from quant.operator import enter_layer
 from sharding import UNSPLIT, Rules
 
 new_cache = init_cache
@@ -55,6 +56,7 @@ class Stack(nnx.Module):
 
         def layer(carry: tuple[jax.Array, jax.Array, Cache], i: jax.Array) -> tuple[Any, None]:
             residual, delta, cache = carry
+            enter_layer(i + self.offset)
             with jax.named_scope("norm"):
                 residual, x = add_norm(residual, delta, input_norm[i], eps, self.numerics)
             delta, cache = self.attention(x, cache, (i, i + self.offset), call)
@@ -95,6 +97,7 @@ class V3(nnx.Module):
         for stack in (self.dense, self.moe):
             if stack is not None:
                 residual, delta, cache = stack(residual, delta, cache, call)
+        enter_layer(-1)
         _, hidden = add_norm(residual, delta, self.norm[...], self.config.rms_norm_eps, self.numerics)
         logits = ends.logits(hidden, self.head[...], n_new, want, self.numerics, self.rules)
         return logits, hidden, dataclasses.replace(cache, length=cache.length + n_new)
@@ -132,6 +135,7 @@ class MTP(nnx.Module):
         )
         residual = numerics.linear(joined, self.projection[...], (0,))
         residual, delta, cache = self.stack(residual, jnp.zeros_like(residual), cache, call)
+        enter_layer(-1)
         _, out = add_norm(residual, delta, self.norm[...][0], eps, numerics)
         logits = ends.logits(out, self.head[...], n_new, want, self.numerics, self.rules)
         return logits, out, dataclasses.replace(cache, length=cache.length + n_new)

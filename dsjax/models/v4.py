@@ -31,6 +31,7 @@ from dsjax.models import ends
 from dsjax.models.schedule import find_schedule
 from dsjax.numerics import Numerics
 from dsjax.params import Tree
+from quant.operator import enter_layer
 from sharding import UNSPLIT, Rules
 
 new_cache = init_cache
@@ -136,6 +137,7 @@ class Layers(nnx.Module):
         config, numerics = self.config, self.numerics
         params, index = self.params["layers"], (layer,)
         streams, cache = carry
+        enter_layer(layer)
 
         def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
             return numerics.round(rms_norm(x, gain[layer], config.rms_norm_eps))
@@ -192,6 +194,7 @@ class V4(nnx.Module):
         x = ends.embed(self.embed[...], tokens, numerics, self.rules)
         streams = jnp.repeat(x[:, :, None], config.hc_mult, axis=2)
         streams, cache = self.layers(streams, cache, call)
+        enter_layer(-1)
 
         def finish(streams: jax.Array) -> jax.Array:
             y = hyper_connection_head(streams, self.head_streams, (), config, numerics)
@@ -229,6 +232,7 @@ class MTP(nnx.Module):
         h = numerics.linear(norm(hidden, "hidden_norm"), params["hidden_projection"], (0,))
         streams = numerics.round(e[:, :, None].astype(jnp.float32) + h.astype(jnp.float32))
         streams, cache = self.layers(streams, cache, call)
+        enter_layer(-1)
 
         def finish(streams: jax.Array) -> jax.Array:
             return norm(hyper_connection_head(streams, params["head_streams"], (0,), config, numerics), "norm")

@@ -1,0 +1,263 @@
+"""Named operators: pieces of a model that a backend may want to compute in its own way.
+
+Each is one function with one signature. Its variants compute the same, within a stated bound; which of them a program
+takes is chosen while it is traced, explicitly (`choosing`), or by platform. In an exported program every call of an
+operator is a function of its own (`outlining`), which a compiler can recognise; a `Sink` sees what passes through them
+(`tapping`). Of operators inside operators the outer one counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PREFIX = "dsjax."
+"""What the names of outlined functions start with."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where taps go. Called on the host, in the program's order."""
+
+    def layer(self, number: int) -> None:
+        """What follows is of this layer; of none if negative."""
+
+    def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """An operator was called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """How operators are traced. Part of the key of JAX's caches.
+
+    Attributes:
+      choices: (operator, variant) pairs.
+      platform: whose default variants are taken.
+      outline: whether calls are functions of their own.
+      sink: where taps go.
+    """
+
+    choices: tuple[tuple[str, str], ...] = ()
+    platform: str | None = None
+    outline: bool = False
+    sink: Sink | None = None
+
+
+_trace = jax.make_user_context(_Trace())
+
+
+@contextlib.contextmanager
+def _with(**changes: Any) -> Iterator[None]:
+    with _trace(dataclasses.replace(_trace.value, **changes)):
+        yield
+
+
+@contextlib.contextmanager
+def choosing(choices: Mapping[str, str], platform: str | None = None) -> Iterator[None]:
+    """Operators take these variants, where programs are traced under it; others their platform's, or the first.
+
+    Args:
+      choices: variant by operator; on top of those of an enclosing `choosing`.
+      platform: of the programs; as it is by default.
+
+    Raises:
+      ValueError: for an operator or a variant that is not known.
+    """
+    for name, variant in choices.items():
+        find(name).check(variant)
+    merged = tuple(sorted((dict(_trace.value.choices) | dict(choices)).items()))
+    with _with(choices=merged, platform=platform or _trace.value.platform):
+        yield
+
+
+@contextlib.contextmanager
+def outlining() -> Iterator[None]:
+    """Calls of operators are functions named `dsjax.<operator>`."""
+    with _with(outline=True):
+        yield
+
+
+@contextlib.contextmanager
+def tapping(sink: Sink) -> Iterator[None]:
+    """The sink sees every call of an operator, and every layer; on one device, and not under `jax.grad`."""
+    with _with(sink=sink):
+        yield
+
+
+def enter_layer(number: Any) -> None:
+    """Tells the sink that what follows is of this layer, int or int32 []; negative for none. Nothing without one."""
+    if sink := _trace.value.sink:
+        io_callback(lambda n: sink.layer(int(n)), None, jnp.asarray(number, jnp.int32), ordered=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to compute an operator.
+
+    Attributes:
+      name: unique within the operator.
+      body: takes and returns what the operator does.
+      bound: the most that its results may differ from the first variant's, |a - b| / |b| as norms of whole results.
+      says: what it does, and what for, in a line.
+    """
+
+    name: str
+    body: Callable[..., Any]
+    bound: float
+    says: str
+
+
+class Operator(Generic[P, R]):
+    """A function with a name and variants; called like the function. The first variant is the formula.
+
+    Attributes:
+      name: in the field's terms.
+      variants: by name.
+      platforms: the variant that a platform takes where that is not the first.
+    """
+
+    def __init__(self, name: str, body: Callable[P, R], first: str, platforms: Mapping[str, str]) -> None:
+        functools.update_wrapper(self, body)
+        self.name = name
+        self.platforms = dict(platforms)
+        self.variants = {first: Variant(first, body, 0.0, (body.__doc__ or name).strip().splitlines()[0])}
+
+    def variant(self, name: str, *, bound: float, says: str = "") -> Callable[[Callable[..., R]], Callable[..., R]]:
+        """Registers the decorated function as a variant, also from outside this code base.
+
+        Args:
+          name: not taken yet.
+          bound: see `Variant`.
+          says: see `Variant`; the first line of the function's docstring by default.
+
+        Raises:
+          ValueError: if there is a variant of that name.
+        """
+        if name in self.variants:
+            raise ValueError(f"operator {self.name}: variant {name} exists already")
+
+        def register(body: Callable[..., R]) -> Callable[..., R]:
+            line = says or (body.__doc__ or name).strip().splitlines()[0]
+            self.variants[name] = Variant(name, body, bound, line)
+            return body
+
+        return register
+
+    def check(self, variant: str) -> None:
+        """Raises ValueError if there is no such variant."""
+        if variant not in self.variants:
+            raise ValueError(f"operator {self.name}: expected {' or '.join(self.variants)}, found {variant}")
+
+    def default(self, platform: str | None) -> str:
+        """The variant that programs for this platform take, unless another is chosen."""
+        return self.platforms.get(platform or "", next(iter(self.variants)))
+
+    @property
+    def chosen(self) -> str:
+        """The variant that is taken here."""
+        trace = _trace.value
+        return dict(trace.choices).get(self.name) or self.default(trace.platform)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        trace = _trace.value
+        body: Callable[..., R] = self.variants[self.chosen].body
+        if not trace.outline and trace.sink is None:
+            return body(*args, **kwargs)
+        with _with(outline=False, sink=None):
+            closed, inputs, tree = _close(body, args, kwargs)
+            function = jaxpr_as_fun(closed)
+            if trace.outline:
+
+                def outlined(*arrays: jax.Array) -> Any:
+                    return function(*arrays)
+
+                outlined.__name__ = outlined.__qualname__ = PREFIX + self.name
+                outputs = jax.jit(outlined, keep_unused=True)(*inputs)
+            else:
+                outputs = function(*inputs)
+        if sink := trace.sink:
+            count = len(inputs)
+            io_callback(
+                lambda *a: sink.call(self.name, [np.asarray(x) for x in a[:count]], [np.asarray(x) for x in a[count:]]),
+                None,
+                *inputs,
+                *outputs,
+                ordered=True,
+            )
+        result: R = jax.tree.unflatten(tree, outputs)
+        return result
+
+
+def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[jax.Array], Any]:
+    """A call as a jaxpr of arrays alone: (closed jaxpr, its inputs, the tree of its outputs).
+
+    Arrays that the arguments' functions have from outside become inputs, too.
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    found: list[Any] = []
+
+    def flat(*arrays: jax.Array) -> list[Any]:
+        filled = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            filled[place] = array
+        inner_args, inner_kwargs = jax.tree.unflatten(tree, filled)
+        outputs, out_tree = jax.tree.flatten(body(*inner_args, **inner_kwargs))
+        found.append(out_tree)
+        return outputs
+
+    arrays = [leaves[i] for i in places]
+    closed = jax.make_jaxpr(flat)(*arrays)
+    constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    traced = [(v, c) for v, c in constants if isinstance(c, jax.core.Tracer)]
+    kept = [(v, c) for v, c in constants if not isinstance(c, jax.core.Tracer)]
+    inputs = [v for v, _ in traced] + closed.jaxpr.invars
+    jaxpr = closed.jaxpr.replace(constvars=[v for v, _ in kept], invars=inputs, debug_info=None)
+    return ClosedJaxpr(jaxpr, [c for _, c in kept]), [c for _, c in traced] + arrays, found[-1]
+
+
+OPERATORS: dict[str, Operator[Any, Any]] = {}
+"""Every operator by name, in the order in which their modules are imported."""
+
+
+def operator(
+    name: str, *, first: str = "lax", platforms: Mapping[str, str] | None = None
+) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Makes the decorated function an operator, and its body the first variant.
+
+    Args:
+      name: not taken yet.
+      first: name of that variant.
+      platforms: the variant that a platform takes where that is not the first.
+    """
+
+    def make(body: Callable[P, R]) -> Operator[P, R]:
+        if name in OPERATORS:
+            raise ValueError(f"operator {name} exists already")
+        made = OPERATORS[name] = Operator(name, body, first, platforms or {})
+        return made
+
+    return make
+
+
+def find(name: str) -> Operator[Any, Any]:
+    """The operator of that name.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"operator: expected {', '.join(sorted(OPERATORS))}, found {name}")
+    return OPERATORS[name]
