@@ -1,0 +1,1 @@
+"""StableHLO bundles: made, checked, and verified by compilers that are not ours."""

@@ -1,0 +1,413 @@
+"""What is in a StableHLO module: operators, types, calls, loops, collectives, and where in the model each is.
+
+Everything is read from the program, not from its text. Counts come in two kinds: `text`, how often a thing is written,
+and `executed`, how often it happens in one run, which follows calls and multiplies by the trips of loops. A loop whose
+trips cannot be read counts as one trip and marks what is inside as `dynamic`; every branch of a choice counts as taken;
+a composite counts as itself and its decomposition as called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxlib.mlir import ir
+
+from dsjax.export.artifact import attribute_names, minimum_version
+from dsjax.export.loops import Known, Loops, Scope, callee, comparison, terminator
+
+SCHEMA = 1
+PLACES = 12
+"""At most so many places are told for one thing."""
+
+COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "collective_broadcast", "collective_permute", "reduce_scatter")
+
+_CONTROL = ("stablehlo.while", "stablehlo.case", "stablehlo.if", "sdy.manual_computation")
+_TERMINATORS = ("stablehlo.return", "func.return", "sdy.return")
+_STRUCTURE = re.compile(r"while|body|cond|closed_call|checkpoint|shmap_body|shard_map|branch_\d+_fun|p?jit|\w+:|")
+_OPERATOR = re.compile(r"dsjax\.(.+?)(?:_\d+)?")
+
+
+def operator_name(symbol: str) -> str | None:
+    """The named operator that a function or composite stands for: `dsjax.rms_norm_0` is `rms_norm`; None if none."""
+    found = _OPERATOR.fullmatch(symbol)
+    return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Thing:
+    """Something that is counted, at one place: `path` are the named operators around it, `place` its name scopes."""
+
+    kind: str
+    name: Any
+    path: tuple[str, ...] = ()
+    place: str = ""
+
+    def within(self, path: tuple[str, ...], place: str) -> _Thing:
+        """The same thing, seen from a caller: named operators say where it is, else scopes do."""
+        whole = path + self.path
+        scopes = "/".join(p for p in (place, self.place) if p and not p.startswith("@")) or self.place or place
+        return dataclasses.replace(self, path=whole, place="" if whole else scopes)
+
+
+@dataclasses.dataclass
+class _Times:
+    executed: int = 0
+    dynamic: bool = False
+
+    def add(self, times: int, dynamic: bool) -> None:
+        self.executed += times
+        self.dynamic |= dynamic
+
+
+_Tally = dict[_Thing, _Times]
+
+
+def _elements(types: Any) -> list[Any]:
+    return [t for t in types if isinstance(t, ir.ShapedType)]
+
+
+def bits(element: Any) -> int:
+    """Bits of one element of an MLIR element type; a complex one has two."""
+    return 2 * bits(ir.ComplexType(element).element_type) if isinstance(element, ir.ComplexType) else element.width
+
+
+def tensor_bytes(type_: Any) -> int:
+    """Bytes of a static tensor, elements narrower than a byte packed, booleans in a byte each; 0 where it is dynamic."""
+    if not type_.has_static_shape:
+        return 0
+    width = bits(type_.element_type)
+    return -(-math.prod(type_.shape) * (8 if width == 1 else width) // 8)
+
+
+def _kind_of_dot(operation: Any) -> str:
+    operands, results = _elements(o.type for o in operation.operands), _elements(r.type for r in operation.results)
+    return f"{'x'.join(str(t.element_type) for t in operands)}->{results[0].element_type}"
+
+
+def _features(operation: Any) -> Iterator[str]:
+    """What a compiler may stumble over beyond an operator's name."""
+    name, attributes = operation.name, operation.attributes
+    short = name.removeprefix("stablehlo.")
+    if name in ("stablehlo.dot_general", "stablehlo.convert"):
+        yield f"{short}:{_kind_of_dot(operation)}"
+    elif name == "stablehlo.custom_call":
+        yield f"custom_call:{attributes['call_target_name'].value}"
+    elif name == "stablehlo.composite":
+        yield f"composite:{attributes['name'].value}"
+    elif name in ("stablehlo.gather", "stablehlo.scatter") and "batching_dims" in str(attributes["_".join(
+        (*("scatter",) * (short == "scatter"), "dimension_numbers"))]):
+        yield f"{short}:batching"
+    elif name == "stablehlo.sort":
+        if str(attributes["is_stable"]) == "true":
+            yield "sort:stable"
+        answer = terminator(operation.regions[0].blocks[0]).operands[0].owner
+        plain = isinstance(answer, ir.OpView) and answer.operation.name == "stablehlo.compare"
+        yield f"sort:compare {comparison(answer.operation) if plain else 'other'}"
+    types = _elements(v.type for v in (*operation.operands, *operation.results))
+    if not all(t.has_rank and t.has_static_shape for t in types):
+        yield "dynamic shape"
+    yield from (f"attribute:{attribute}" for attribute in attribute_names(operation) if "." in attribute)
+
+
+def _scopes(location: Any, whole: bool) -> str:
+    """The name scopes of a location, without what JAX's own loops and calls add, and without the primitive's name."""
+    if not isinstance(location, ir.NameLoc):
+        return ""
+    parts = location.name_str.split("/")
+    parts = parts if whole else parts[:-1]
+    if parts and re.fullmatch(r"p?jit\(.*\)", parts[0]):
+        parts = parts[1:] if len(parts) > 1 or not whole else parts
+    names = [re.sub(r"^p?jit\((.*)\)$", r"\1", p) for p in parts]
+    return "/".join(n for n in names if not _STRUCTURE.fullmatch(n))
+
+
+class _Walker:
+    """Counts what one run executes, once for each function and what is known of its arguments."""
+
+    def __init__(self, functions: dict[str, Any]) -> None:
+        self.functions = functions
+        self.loops = Loops({symbol: f.regions[0].blocks[0] for symbol, f in functions.items() if f.regions[0].blocks})
+        self.done: dict[tuple[str, tuple[Known | None, ...]], _Tally] = {}
+
+    def function(self, symbol: str, known: tuple[Known | None, ...]) -> _Tally:
+        key = symbol, known
+        if key not in self.done:
+            tally: _Tally = {}
+            self.done[key] = tally
+            block = self.loops.functions[symbol]
+            self._block(block, symbol, {block: known}, 1, False, tally)
+        return self.done[key]
+
+    def _block(self, block: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally) -> None:
+        for inner in block.operations:
+            operation = inner.operation
+            if operation.name not in _TERMINATORS:
+                self._operation(operation, symbol, scope, times, dynamic, tally)
+
+    def _operation(
+        self, operation: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally
+    ) -> None:
+        place = _scopes(operation.location, whole=operation.name == "func.call")
+
+        def note(kind: str, name: Any) -> None:
+            tally.setdefault(_Thing(kind, name, (), place or f"@{symbol}"), _Times()).add(times, dynamic)
+
+        note("operator", operation.name)
+        for feature in _features(operation):
+            note("feature", feature)
+        for element in sorted({str(t.element_type) for t in _elements(r.type for r in operation.results)}):
+            note("type", element)
+        if operation.name.removeprefix("stablehlo.") in COLLECTIVES:
+            note("collective", _collective(operation))
+        if operation.name == "func.call":
+            target = callee(operation)
+            known = tuple(self.loops.value(o, scope) for o in operation.operands)
+            self._call(target, operator_name(target), known, (times, dynamic), place, tally)
+        elif operation.name == "stablehlo.composite":
+            name = operation.attributes["name"].value
+            target = operation.attributes["decomposition"].value
+            known = tuple(self.loops.value(o, scope) for o in operation.operands)
+            self._call(target, operator_name(name) or name, known, (times, dynamic), place, tally)
+        elif operation.name == "stablehlo.while":
+            self._while(operation, symbol, scope, times, dynamic, tally, note)
+        elif operation.name in _CONTROL or not operation.name.startswith("stablehlo."):
+            for block in (b for region in operation.regions for b in region.blocks):
+                self._block(block, symbol, scope, times, dynamic, tally)
+
+    def _while(
+        self, loop: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally, note: Any
+    ) -> None:
+        trips = self.loops.trips(loop, scope)
+        note("loop", (symbol, trips))
+        if trips is None:
+            note("feature", "while:dynamic")
+        carried = self.loops.invariants(loop, scope)
+        condition, body = (region.blocks[0] for region in loop.regions)
+        inside, unsure = times * (1 if trips is None else trips), dynamic or trips is None
+        self._block(condition, symbol, {**scope, condition: carried}, times + inside, unsure, tally)
+        self._block(body, symbol, {**scope, body: carried}, inside, unsure, tally)
+
+    def _call(
+        self,
+        target: str,
+        operator: str | None,
+        known: tuple[Known | None, ...],
+        times: tuple[int, bool],
+        place: str,
+        tally: _Tally,
+    ) -> None:
+        count, dynamic = times
+        path = (operator,) if operator else ()
+        if operator:
+            tally.setdefault(_Thing("named", operator, (), place), _Times()).add(count, dynamic)
+        tally.setdefault(_Thing("function", target), _Times()).add(count, dynamic)
+        for thing, inner in self.function(target, known).items():
+            seen = thing.within(path, place)
+            tally.setdefault(seen, _Times()).add(count * inner.executed, dynamic or inner.dynamic)
+
+
+def _collective(operation: Any) -> tuple[Any, ...]:
+    """(kind, groups or pairs, element types, bytes of its operands, bytes of its results) on one device."""
+    pairs = operation.name == "stablehlo.collective_permute"
+    groups = np.array(operation.attributes["source_target_pairs" if pairs else "replica_groups"])
+    operands, results = (_elements(v.type for v in vs) for vs in (operation.operands, operation.results))
+    return (
+        operation.name.removeprefix("stablehlo."),
+        tuple(map(tuple, groups.tolist())),
+        ", ".join(sorted({str(t.element_type) for t in operands})),
+        sum(map(tensor_bytes, operands)),
+        sum(map(tensor_bytes, results)),
+    )
+
+
+def _text(functions: dict[str, Any], module: ir.Module) -> tuple[dict[str, Counter[Any]], dict[str, Any]]:
+    """(how often each thing is written, largest constant and highest rank)."""
+    written: dict[str, Counter[Any]] = {k: Counter() for k in ("operator", "feature", "collective", "site", "body")}
+    constants: dict[str, Counter[str]] = {"constants": Counter(), "inside": Counter()}
+    largest: dict[str, Any] = {"bytes": 0, "type": None}
+    rank = 0
+    top = (o.operation for o in module.body.operations if o.operation.name != "func.func")
+    written["operator"].update(o.name for o in top)
+    for function in functions.values():
+        for operation, body in _with_bodies(function):
+            name = operation.name
+            types = _elements(r.type for r in operation.results)
+            rank = max([rank, *(t.rank for t in types if t.has_rank)])
+            constants["constants" if name == "stablehlo.constant" else "inside"].update(str(t.element_type) for t in types)
+            if name in _TERMINATORS:
+                continue
+            if body:
+                written["body"][body, name] += 1
+                continue
+            written["operator"][name] += 1
+            written["feature"].update(_features(operation))
+            if name.removeprefix("stablehlo.") in COLLECTIVES:
+                written["collective"][_collective(operation)] += 1
+            if name == "func.call":
+                written["site"][callee(operation)] += 1
+            if name == "stablehlo.composite":
+                written["site"][operation.attributes["decomposition"].value] += 1
+            if name == "stablehlo.constant" and not operation.attributes["value"].is_splat:
+                size = tensor_bytes(types[0])
+                if size > largest["bytes"]:
+                    largest = {"bytes": size, "type": str(types[0])}
+    return written, {"largest_constant": largest, "max_rank": rank, **constants}
+
+
+def _with_bodies(function: Any) -> Iterator[tuple[Any, str]]:
+    """(operation, "") for all of a function; (operation, owner) for those that only say what another one computes."""
+
+    def inside(operation: Any, owner: str) -> Iterator[tuple[Any, str]]:
+        for block in (b for region in operation.regions for b in region.blocks):
+            for inner in block.operations:
+                mine = inner.operation
+                yield mine, owner
+                scalar = mine.name.startswith("stablehlo.") and mine.name not in _CONTROL
+                yield from inside(mine, owner or (mine.name if scalar else ""))
+
+    return inside(function, "")
+
+
+def _signature(function: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The arguments with their aliases, and the results."""
+    block, type_ = function.regions[0].blocks[0], ir.FunctionType(function.attributes["function_type"].value)
+    names = [a.location.name_str if isinstance(a.location, ir.NameLoc) else "" for a in block.arguments]
+
+    def side(key: str, types: Any) -> list[dict[str, Any]]:
+        attributes = [dict.fromkeys(())] * len(types)
+        if key in attribute_names(function):
+            attributes = [{a.name: a.attr for a in d} for d in function.attributes[key]]
+        return [
+            {
+                "index": i,
+                "element": str(t.element_type) if isinstance(t, ir.ShapedType) else str(t),
+                "shape": [d if d >= 0 else None for d in t.shape] if isinstance(t, ir.RankedTensorType) else None,
+                "attributes": {name: str(v) for name, v in sorted(attributes[i].items())},
+            }
+            for i, t in enumerate(types)
+        ]
+
+    arguments, results = side("arg_attrs", type_.inputs), side("res_attrs", type_.results)
+    for argument, name in zip(arguments, names, strict=True):
+        attributes = argument["attributes"]
+        alias = attributes.get("tf.aliasing_output")
+        argument["name"] = name
+        argument["alias"] = int(alias.split()[0]) if alias else None
+        argument["donated"] = alias is not None or "jax.buffer_donor" in attributes
+    return arguments, results
+
+
+def inventory(module: ir.Module) -> dict[str, Any]:
+    """The inventory of a module's `main`, ready for JSON.
+
+    Keys: `operators`, `features` (things a compiler may stumble over, as `sort:stable` or `dot_general:i8xi8->i32`),
+    `functions` and `named` (operators outlined as `dsjax.<name>`) map a name to its `text` and `executed` counts;
+    `bodies` are the operators inside reductions and comparators; `types` says where each element type occurs;
+    `collectives` have groups and bytes on one device; `loops` have `trips`, a number or "dynamic"; `where` maps
+    operators, features and types to places: the named operators around, outermost first, else name scopes if the module
+    still has its locations, else the function.
+    """
+    functions = {o.operation.attributes["sym_name"].value: o.operation for o in module.body.operations
+                 if o.operation.name == "func.func"}
+    main = "main" if "main" in functions else next(iter(functions))
+    walker = _Walker(functions)
+    tally = walker.function(main, (None,) * len(functions[main].regions[0].blocks[0].arguments))
+    written, facts = _text(functions, module)
+    arguments, results = _signature(functions[main])
+    for entry in (*arguments, *results):
+        written["feature"].update(f"attribute:{name}" for name in entry["attributes"])
+    for operation in (module.operation, *(o.operation for o in module.body.operations)):
+        written["feature"].update(f"attribute:{a}" for a in attribute_names(operation) if "." in a)
+
+    totals: dict[tuple[str, Any], _Times] = {}
+    where: dict[str, list[dict[str, Any]]] = {}
+    for thing, times in tally.items():
+        totals.setdefault((thing.kind, thing.name), _Times()).add(times.executed, times.dynamic)
+        if thing.kind in ("operator", "feature", "type"):
+            place = {"operators": list(thing.path), "place": thing.place, "executed": times.executed}
+            where.setdefault(thing.name, []).append(place)
+
+    def counted(kind: str, text: Counter[Any]) -> dict[Any, dict[str, Any]]:
+        names = sorted({*text, *(name for k, name in totals if k == kind)})
+        return {n: {"text": text[n], **dataclasses.asdict(totals.get((kind, n), _Times()))} for n in names}
+
+    called = counted("function", written["site"])
+    for symbol, entry in called.items():
+        entry["operator"] = operator_name(symbol)
+    named: dict[str, dict[str, Any]] = {}
+    for (kind, name), times in totals.items():
+        if kind == "named" and any(e["operator"] == name for e in called.values()):
+            symbols = [s for s, e in called.items() if e["operator"] == name]
+            text = sum(called[s]["text"] for s in symbols)
+            named[name] = {"functions": symbols, "text": text, **dataclasses.asdict(times)}
+    features = counted("feature", written["feature"])
+    bodies: dict[str, dict[str, int]] = {}
+    for (owner, name), n in sorted(written["body"].items()):
+        bodies.setdefault(owner, {})[name] = n
+    return {
+        "schema": SCHEMA,
+        "function": main,
+        "minimum_version": minimum_version(module),
+        "arguments": arguments,
+        "results": results,
+        "aliases": {str(a["index"]): a["alias"] for a in arguments if a["alias"] is not None},
+        "donated": [a["index"] for a in arguments if a["donated"]],
+        "operators": counted("operator", written["operator"]),
+        "bodies": bodies,
+        "features": features,
+        "types": _types(arguments, results, facts, where),
+        "functions": called,
+        "named": dict(sorted(named.items())),
+        "composites": _part(features, "composite:"),
+        "custom_calls": _part(features, "custom_call:"),
+        "collectives": _collectives(counted("collective", written["collective"])),
+        "loops": [
+            {"function": thing.name[0], "trips": "dynamic" if thing.name[1] is None else thing.name[1]}
+            | {"operators": list(thing.path), "place": thing.place, **dataclasses.asdict(times)}
+            for thing, times in tally.items()
+            if thing.kind == "loop"
+        ],
+        "largest_constant": facts["largest_constant"],
+        "max_rank": max([facts["max_rank"], *(len(e["shape"] or ()) for e in arguments)]),
+        "dynamic_shapes": "dynamic shape" in features,
+        "where": {name: places[:PLACES] for name, places in sorted(where.items())},
+    }
+
+
+def _part(features: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): entry for name, entry in features.items() if name.startswith(prefix)}
+
+
+def _collectives(entries: dict[Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": kind,
+            "pairs" if kind == "collective_permute" else "groups": [list(g) for g in groups],
+            "element": element,
+            "operand_bytes": operand,
+            "result_bytes": result,
+            **entry,
+        }
+        for (kind, groups, element, operand, result), entry in entries.items()
+    ]
+
+
+def _types(arguments: Any, results: Any, facts: Any, where: Any) -> dict[str, dict[str, Any]]:
+    """Where each element type occurs; arguments and results are places too."""
+    sides = {"arguments": arguments, "results": results}
+    found = {e["element"] for side in sides.values() for e in side} | set(facts["constants"]) | set(facts["inside"])
+    types = {}
+    for element in sorted(found):
+        at = {key: [e["index"] for e in side if e["element"] == element] for key, side in sides.items()}
+        types[element] = {**at, "constants": facts["constants"][element], "inside": facts["inside"][element]}
+        ends = [f"argument {i} {arguments[i]['name']}".strip() for i in at["arguments"]]
+        ends += [f"result {i}" for i in at["results"]]
+        places = [{"operators": [], "place": place, "executed": 1} for place in ends]
+        where[element] = places[: PLACES // 2] + where.get(element, [])
+    return types
