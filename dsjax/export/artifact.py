@@ -77,7 +77,7 @@ def walk(operation: Any) -> Iterator[Any]:
 
 def text(module: ir.Module) -> str:
     """The module as MLIR text without locations."""
-    return module.operation.get_asm(enable_debug_info=False) + "\n"
+    return str(module.operation.get_asm(enable_debug_info=False)) + "\n"
 
 
 def attribute_names(operation: Any) -> list[str]:
@@ -103,7 +103,8 @@ def strip(module: ir.Module) -> ir.Module:
         for function in out.body.operations:
             for key in ("arg_attrs", "res_attrs"):
                 if function.operation.name == "func.func" and key in attribute_names(function.operation):
-                    function.attributes[key] = ir.ArrayAttr.get([_without_paths(d) for d in function.attributes[key]])
+                    each: Any = function.attributes[key]
+                    function.attributes[key] = ir.ArrayAttr.get([_without_paths(d) for d in each])
     for found in leaks(out):
         raise InputError(f"module: expected no path and no host name in it, found {found}")
     return out
@@ -319,4 +320,6 @@ def deserialise(artifact: bytes) -> ir.Module:
             return stablehlo.deserialize_portable_artifact(context, artifact)
         except ValueError as e:
             found = said[0] if said else str(e)
-            raise InputError(f"portable artifact: expected a whole one of StableHLO {version}, found: {found}") from None
+            raise InputError(
+                f"portable artifact: expected a whole one of StableHLO {version}, found: {found}"
+            ) from None

@@ -9,27 +9,24 @@ a composite counts as itself and its decomposition as called.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from jaxlib.mlir import ir
 
 from dsjax.export.artifact import attribute_names, minimum_version
-from dsjax.export.loops import Known, Loops, Scope, callee, comparison, terminator
+from dsjax.export.loops import Known, Loops, Scope, callee
+from dsjax.export.operations import COLLECTIVES, collective, elements, features, scopes, tensor_bytes
 
 SCHEMA = 1
 PLACES = 12
 """At most so many places are told for one thing."""
 
-COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "collective_broadcast", "collective_permute", "reduce_scatter")
 
 _CONTROL = ("stablehlo.while", "stablehlo.case", "stablehlo.if", "sdy.manual_computation")
 _TERMINATORS = ("stablehlo.return", "func.return", "sdy.return")
-_STRUCTURE = re.compile(r"while|body|cond|closed_call|checkpoint|shmap_body|shard_map|branch_\d+_fun|p?jit|\w+:|")
 _OPERATOR = re.compile(r"dsjax\.(.+?)(?:_\d+)?")
 
 
@@ -68,65 +65,6 @@ class _Times:
 _Tally = dict[_Thing, _Times]
 
 
-def _elements(types: Any) -> list[Any]:
-    return [t for t in types if isinstance(t, ir.ShapedType)]
-
-
-def bits(element: Any) -> int:
-    """Bits of one element of an MLIR element type; a complex one has two."""
-    return 2 * bits(ir.ComplexType(element).element_type) if isinstance(element, ir.ComplexType) else element.width
-
-
-def tensor_bytes(type_: Any) -> int:
-    """Bytes of a static tensor, elements narrower than a byte packed, booleans in a byte each; 0 where it is dynamic."""
-    if not type_.has_static_shape:
-        return 0
-    width = bits(type_.element_type)
-    return -(-math.prod(type_.shape) * (8 if width == 1 else width) // 8)
-
-
-def _kind_of_dot(operation: Any) -> str:
-    operands, results = _elements(o.type for o in operation.operands), _elements(r.type for r in operation.results)
-    return f"{'x'.join(str(t.element_type) for t in operands)}->{results[0].element_type}"
-
-
-def _features(operation: Any) -> Iterator[str]:
-    """What a compiler may stumble over beyond an operator's name."""
-    name, attributes = operation.name, operation.attributes
-    short = name.removeprefix("stablehlo.")
-    if name in ("stablehlo.dot_general", "stablehlo.convert"):
-        yield f"{short}:{_kind_of_dot(operation)}"
-    elif name == "stablehlo.custom_call":
-        yield f"custom_call:{attributes['call_target_name'].value}"
-    elif name == "stablehlo.composite":
-        yield f"composite:{attributes['name'].value}"
-    elif name in ("stablehlo.gather", "stablehlo.scatter") and "batching_dims" in str(attributes["_".join(
-        (*("scatter",) * (short == "scatter"), "dimension_numbers"))]):
-        yield f"{short}:batching"
-    elif name == "stablehlo.sort":
-        if str(attributes["is_stable"]) == "true":
-            yield "sort:stable"
-        answer = terminator(operation.regions[0].blocks[0]).operands[0].owner
-        plain = isinstance(answer, ir.OpView) and answer.operation.name == "stablehlo.compare"
-        yield f"sort:compare {comparison(answer.operation) if plain else 'other'}"
-    types = _elements(v.type for v in (*operation.operands, *operation.results))
-    if not all(t.has_rank and t.has_static_shape for t in types):
-        yield "dynamic shape"
-    yield from (f"attribute:{attribute}" for attribute in attribute_names(operation) if "." in attribute)
-
-
-def _scopes(location: Any, whole: bool) -> str:
-    """The name scopes of a location, without what JAX's own loops and calls add, and without the primitive's name."""
-    if not isinstance(location, ir.NameLoc):
-        return ""
-    parts = location.name_str.split("/")
-    parts = parts if whole else parts[:-1]
-    if parts and re.fullmatch(r"p?jit\(.*\)", parts[0]):
-        parts = parts[1:] if len(parts) > 1 or not whole else parts
-    names = [re.sub(r"^p?jit\((.*)\)$", r"\1", p) for p in parts]
-    return "/".join(n for n in names if not _STRUCTURE.fullmatch(n))
-
-
 class _Walker:
     """Counts what one run executes, once for each function and what is known of its arguments."""
 
@@ -150,21 +88,19 @@ class _Walker:
             if operation.name not in _TERMINATORS:
                 self._operation(operation, symbol, scope, times, dynamic, tally)
 
-    def _operation(
-        self, operation: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally
-    ) -> None:
-        place = _scopes(operation.location, whole=operation.name == "func.call")
+    def _operation(self, operation: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally) -> None:
+        place = scopes(operation.location, whole=operation.name == "func.call")
 
         def note(kind: str, name: Any) -> None:
             tally.setdefault(_Thing(kind, name, (), place or f"@{symbol}"), _Times()).add(times, dynamic)
 
         note("operator", operation.name)
-        for feature in _features(operation):
+        for feature in features(operation):
             note("feature", feature)
-        for element in sorted({str(t.element_type) for t in _elements(r.type for r in operation.results)}):
+        for element in sorted({str(t.element_type) for t in elements(r.type for r in operation.results)}):
             note("type", element)
         if operation.name.removeprefix("stablehlo.") in COLLECTIVES:
-            note("collective", _collective(operation))
+            note("collective", collective(operation))
         if operation.name == "func.call":
             target = callee(operation)
             known = tuple(self.loops.value(o, scope) for o in operation.operands)
@@ -180,9 +116,7 @@ class _Walker:
             for block in (b for region in operation.regions for b in region.blocks):
                 self._block(block, symbol, scope, times, dynamic, tally)
 
-    def _while(
-        self, loop: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally, note: Any
-    ) -> None:
+    def _while(self, loop: Any, symbol: str, scope: Scope, times: int, dynamic: bool, tally: _Tally, note: Any) -> None:
         trips = self.loops.trips(loop, scope)
         note("loop", (symbol, trips))
         if trips is None:
@@ -212,20 +146,6 @@ class _Walker:
             tally.setdefault(seen, _Times()).add(count * inner.executed, dynamic or inner.dynamic)
 
 
-def _collective(operation: Any) -> tuple[Any, ...]:
-    """(kind, groups or pairs, element types, bytes of its operands, bytes of its results) on one device."""
-    pairs = operation.name == "stablehlo.collective_permute"
-    groups = np.array(operation.attributes["source_target_pairs" if pairs else "replica_groups"])
-    operands, results = (_elements(v.type for v in vs) for vs in (operation.operands, operation.results))
-    return (
-        operation.name.removeprefix("stablehlo."),
-        tuple(map(tuple, groups.tolist())),
-        ", ".join(sorted({str(t.element_type) for t in operands})),
-        sum(map(tensor_bytes, operands)),
-        sum(map(tensor_bytes, results)),
-    )
-
-
 def _text(functions: dict[str, Any], module: ir.Module) -> tuple[dict[str, Counter[Any]], dict[str, Any]]:
     """(how often each thing is written, largest constant and highest rank)."""
     written: dict[str, Counter[Any]] = {k: Counter() for k in ("operator", "feature", "collective", "site", "body")}
@@ -237,18 +157,20 @@ def _text(functions: dict[str, Any], module: ir.Module) -> tuple[dict[str, Count
     for function in functions.values():
         for operation, body in _with_bodies(function):
             name = operation.name
-            types = _elements(r.type for r in operation.results)
+            types = elements(r.type for r in operation.results)
             rank = max([rank, *(t.rank for t in types if t.has_rank)])
-            constants["constants" if name == "stablehlo.constant" else "inside"].update(str(t.element_type) for t in types)
+            constants["constants" if name == "stablehlo.constant" else "inside"].update(
+                str(t.element_type) for t in types
+            )
             if name in _TERMINATORS:
                 continue
             if body:
                 written["body"][body, name] += 1
                 continue
             written["operator"][name] += 1
-            written["feature"].update(_features(operation))
+            written["feature"].update(features(operation))
             if name.removeprefix("stablehlo.") in COLLECTIVES:
-                written["collective"][_collective(operation)] += 1
+                written["collective"][collective(operation)] += 1
             if name == "func.call":
                 written["site"][callee(operation)] += 1
             if name == "stablehlo.composite":
@@ -276,11 +198,11 @@ def _with_bodies(function: Any) -> Iterator[tuple[Any, str]]:
 
 def _signature(function: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The arguments with their aliases, and the results."""
-    block, type_ = function.regions[0].blocks[0], ir.FunctionType(function.attributes["function_type"].value)
+    block, type_ = function.regions[0].blocks[0], function.attributes["function_type"].value
     names = [a.location.name_str if isinstance(a.location, ir.NameLoc) else "" for a in block.arguments]
 
     def side(key: str, types: Any) -> list[dict[str, Any]]:
-        attributes = [dict.fromkeys(())] * len(types)
+        attributes: list[dict[str, Any]] = [{}] * len(types)
         if key in attribute_names(function):
             attributes = [{a.name: a.attr for a in d} for d in function.attributes[key]]
         return [
@@ -313,8 +235,8 @@ def inventory(module: ir.Module) -> dict[str, Any]:
     operators, features and types to places: the named operators around, outermost first, else name scopes if the module
     still has its locations, else the function.
     """
-    functions = {o.operation.attributes["sym_name"].value: o.operation for o in module.body.operations
-                 if o.operation.name == "func.func"}
+    top: list[Any] = [o.operation for o in module.body.operations]
+    functions = {o.attributes["sym_name"].value: o for o in top if o.name == "func.func"}
     main = "main" if "main" in functions else next(iter(functions))
     walker = _Walker(functions)
     tally = walker.function(main, (None,) * len(functions[main].regions[0].blocks[0].arguments))
@@ -322,7 +244,7 @@ def inventory(module: ir.Module) -> dict[str, Any]:
     arguments, results = _signature(functions[main])
     for entry in (*arguments, *results):
         written["feature"].update(f"attribute:{name}" for name in entry["attributes"])
-    for operation in (module.operation, *(o.operation for o in module.body.operations)):
+    for operation in (module.operation, *top):
         written["feature"].update(f"attribute:{a}" for a in attribute_names(operation) if "." in a)
 
     totals: dict[tuple[str, Any], _Times] = {}
@@ -346,7 +268,7 @@ def inventory(module: ir.Module) -> dict[str, Any]:
             symbols = [s for s, e in called.items() if e["operator"] == name]
             text = sum(called[s]["text"] for s in symbols)
             named[name] = {"functions": symbols, "text": text, **dataclasses.asdict(times)}
-    features = counted("feature", written["feature"])
+    stumbling = counted("feature", written["feature"])
     bodies: dict[str, dict[str, int]] = {}
     for (owner, name), n in sorted(written["body"].items()):
         bodies.setdefault(owner, {})[name] = n
@@ -360,12 +282,12 @@ def inventory(module: ir.Module) -> dict[str, Any]:
         "donated": [a["index"] for a in arguments if a["donated"]],
         "operators": counted("operator", written["operator"]),
         "bodies": bodies,
-        "features": features,
+        "features": stumbling,
         "types": _types(arguments, results, facts, where),
         "functions": called,
         "named": dict(sorted(named.items())),
-        "composites": _part(features, "composite:"),
-        "custom_calls": _part(features, "custom_call:"),
+        "composites": _part(stumbling, "composite:"),
+        "custom_calls": _part(stumbling, "custom_call:"),
         "collectives": _collectives(counted("collective", written["collective"])),
         "loops": [
             {"function": thing.name[0], "trips": "dynamic" if thing.name[1] is None else thing.name[1]}
@@ -375,13 +297,13 @@ def inventory(module: ir.Module) -> dict[str, Any]:
         ],
         "largest_constant": facts["largest_constant"],
         "max_rank": max([facts["max_rank"], *(len(e["shape"] or ()) for e in arguments)]),
-        "dynamic_shapes": "dynamic shape" in features,
+        "dynamic_shapes": "dynamic shape" in stumbling,
         "where": {name: places[:PLACES] for name, places in sorted(where.items())},
     }
 
 
-def _part(features: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): entry for name, entry in features.items() if name.startswith(prefix)}
+def _part(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
 def _collectives(entries: dict[Any, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -74,11 +74,12 @@ class Loops:
         operation = value.owner.operation
         name = operation.name
         if name == "stablehlo.constant":
-            return Known(int(list(operation.attributes["value"])[0]))
+            return Known(int(next(iter(operation.attributes["value"]))))
         if name in _SAME_VALUE:
             return self.value(operation.operands[result_index(value)], scope)
         if name in _ARITHMETIC:
-            return self._sum(*(self.value(o, scope) for o in operation.operands), _ARITHMETIC[name])
+            left, right = (self.value(o, scope) for o in operation.operands)
+            return self._sum(left, right, _ARITHMETIC[name])
         if name == "func.call":
             inner = self._enter(operation, scope)
             return self._returned(self.functions[callee(operation)], result_index(value), inner)

@@ -1,0 +1,190 @@
+"""Profiles as data: each file is whole, and a violation says what, where and which switch removes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from dsjax.errors import InputError
+from dsjax.export.inventory import inventory
+from dsjax.export.profile import SWITCHES, Violation, check, load, names
+
+F32 = jnp.float32
+ALL = {"generic", "tpu", "iree", "tenstorrent", "neuron", "no-fp8", "no-sort", "no-while-dynamic", "w8a8-npu"}
+
+
+def named(name, f):
+    f.__name__ = f"dsjax.{name}"
+    return jax.jit(f)
+
+
+def found(f, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    return inventory(jax.jit(f).lower(*arguments).compiler_ir("stablehlo"))
+
+
+def violations(profile: str, inventory_) -> dict[str, Violation]:
+    return {v.what.split(" (")[0]: v for v in check(load(profile), inventory_)}
+
+
+def test_every_profile_is_whole() -> None:
+    assert set(names()) == ALL
+    for name in names():
+        profile = load(name)
+        assert profile.title and profile.rules
+        for rule in profile.rules:
+            assert len(rule.source) > 10 and re.fullmatch(r"20\d\d-\d\d", rule.date) and rule.reason
+
+
+def test_plain_arithmetic_passes_everywhere_but_where_integers_are_demanded() -> None:
+    plain = found(lambda x, w: jax.nn.softmax(x @ w), ((4, 4), F32), ((4, 4), F32))
+    for name in ALL - {"w8a8-npu"}:
+        assert check(load(name), plain) == []
+    (missing,) = check(load("w8a8-npu"), plain)
+    assert (missing.what, missing.switch) == ("no dot_general:i8xi8->i32", "--target w8a8")
+    integers = found(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.int32), *[((4, 4), jnp.int8)] * 2)
+    assert check(load("w8a8-npu"), integers) == []
+
+
+def test_a_sort_is_told_with_its_place_and_the_switch_for_that_place() -> None:
+    gate = named("moe_gate", lambda x: lax.top_k(x, 2))
+    grouped = named("grouped_matmul", lambda x: jnp.take_along_axis(x, jnp.argsort(x, stable=True), -1))
+
+    def f(x):
+        return lax.scan(lambda c, _: (grouped(c), gate(c)[0]), x, None, length=5)
+
+    bad = violations("no-sort", found(f, ((4, 8), F32)))
+    assert bad["operator chlo.top_k"].where == "moe_gate"
+    assert bad["operator chlo.top_k"].switch == "--topk loop"
+    assert bad["operator stablehlo.sort"].where == "grouped_matmul"
+    assert bad["operator stablehlo.sort"].switch == "--moe dense"
+    line = str(bad["operator stablehlo.sort"])
+    assert line.startswith("refused: operator stablehlo.sort (1 written, 5 executed): no sort")
+    assert "where: grouped_matmul; --moe dense removes it [tt-xla issues 442" in line and "\n" not in line
+    tenstorrent = violations("tenstorrent", found(f, ((4, 8), F32)))
+    assert tenstorrent["feature sort:stable"].level == "refused"
+    assert tenstorrent["operator stablehlo.sort"].level == "doubtful"
+
+
+def test_types_are_told_by_argument_and_operator() -> None:
+    decode = named("block_scaled_dot", lambda x, w: x @ w.astype(jnp.float8_e4m3fn).astype(F32))
+
+    def f(x, codes):
+        return decode(x, codes.astype(F32))
+
+    found_ = found(f, ((4, 4), F32), ((4, 4), jnp.float8_e4m3fn))
+    for profile in ("no-fp8", "neuron"):
+        bad = violations(profile, found_)["type f8E4M3FN"]
+        assert bad.where == "argument 1 codes, block_scaled_dot" and bad.switch == "--target portable"
+    assert violations("iree", found_)["type f8E4M3FN"].level == "doubtful"
+    assert check(load("tpu"), found_) == []
+    five = found(lambda x: x.astype(F32), ((4,), jnp.float8_e5m2))
+    assert check(load("neuron"), five) == [] and violations("no-fp8", five)["type f8E5M2"]
+    assert (
+        violations("iree", found(lambda x: x.astype(F32), ((4,), jnp.float4_e2m1fn)))["type f4E2M1FN"].level
+        == "refused"
+    )
+
+
+def test_loops_choices_and_comparators() -> None:
+    def f(x, n):
+        with jax.named_scope("attend"):
+            x = lax.fori_loop(0, n, lambda i, y: jnp.sin(y), x)
+        return lax.cond(n > 1, jnp.sin, jnp.cos, x), lax.reduce_precision(x, 8, 7), lax.sort((x, x), num_keys=2)
+
+    found_ = found(f, ((4,), F32), ((), jnp.int32))
+    bad = violations("neuron", found_)
+    assert {"feature while:dynamic", "operator stablehlo.case", "feature sort:compare other"} <= set(bad)
+    assert bad["feature while:dynamic"].where == "attend" and bad["feature while:dynamic"].switch == "none"
+    assert str(bad["feature while:dynamic"]).count("no switch removes it") == 1
+    assert bad["operator stablehlo.reduce_precision"].switch == "--numerics plain"
+    assert set(violations("no-while-dynamic", found_)) == {"feature while:dynamic", "operator stablehlo.case"}
+    assert check(load("tpu"), found_) == []
+    static = found(lambda x: lax.fori_loop(0, 4, lambda i, y: jnp.sin(y), x), ((4,), F32))
+    assert check(load("neuron"), static) == []
+
+
+def test_what_no_vendor_takes() -> None:
+    weight = jnp.arange(1 + (1 << 18), dtype=F32)
+    generic = violations("generic", found(lambda x: x + weight, (weight.shape, F32)))
+    assert list(generic) == ["constant of 1,048,580, above 1,048,576"]
+    cholesky = violations("generic", found(jnp.linalg.cholesky, ((4, 4), F32)))
+    (call,) = (what for what in cholesky if "custom_call:" in what)
+    assert call.startswith("feature custom_call:lapack") and cholesky[call].switch == "none"
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.sharding.PartitionSpec("a")
+    sharded = found(jax.shard_map(lambda x: lax.psum(x, "a"), mesh=mesh, in_specs=over, out_specs=over), ((8,), F32))
+    bad = violations("generic", sharded)
+    assert bad["operator sdy.manual_computation"].switch == "--spmd manual"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+RULE = 'reason = "r"\nsource = "s"\ndate = "2026-11"\nswitch = "none"\n'
+
+
+def test_a_users_own_profile_with_limits(tmp_path: Path) -> None:
+    limits = f'[[rule]]\nkind = "version"\nmost = "1.0.0"\n{RULE}[[rule]]\nkind = "rank"\nmost = 2\n{RULE}'
+    allowed = (
+        f'[[rule]]\nkind = "operator"\nallow = ["stablehlo.convert", "stablehlo.reshape"]\nexcept = ["func.*"]\n{RULE}'
+    )
+    profile = load(write(tmp_path, f'title = "mine"\n{limits}{allowed}'))
+    bad = check(profile, found(lambda x: jnp.tanh(x.astype(F32).reshape(2, 2, 2)), ((8,), jnp.float8_e8m0fnu)))
+    assert [v.what for v in bad] == [
+        "StableHLO 1.8.0, above 1.0.0",
+        "rank of 3, above 2",
+        "operator stablehlo.tanh (1 written, 1 executed)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = ", "expected TOML"),
+        ('note = "x"', "expected a title"),
+        ('title = "x"\nsurprise = 1', "expected title, note, extends and rules"),
+        (f'title = "x"\n[[rule]]\nkind = "colour"\nforbid = ["a"]\n{RULE}', "rule 1: kind: expected one of operator"),
+        (f'title = "x"\n[[rule]]\nkind = "type"\n{RULE}', "rule 1: expected one of forbid, allow and require"),
+        (f'title = "x"\n[[rule]]\nkind = "type"\nforbid = "f8"\n{RULE}', "forbid: expected texts, found 'f8'"),
+        (f'title = "x"\n[[rule]]\nkind = "version"\nmost = "1.x"\n{RULE}', "expected three numbers"),
+        (f'title = "x"\n[[rule]]\nkind = "rank"\nmost = "2"\n{RULE}', "most: expected a number"),
+        (f'title = "x"\n[[rule]]\nkind = "rank"\nmost = 2\nlevel = "bad"\n{RULE}', "level: expected one of refused"),
+        (f'title = "x"\n[[rule]]\nkind = "rank"\nmost = 2\n{RULE}'.replace('"none"', '"--topk magic"'), "switch: exp"),
+        (
+            'title = "x"\n[[rule]]\nkind = "rank"\nmost = 2\nreason = "r"\nsource = "s"\nswitch = "none"',
+            "date: expected",
+        ),
+        (f'title = "x"\n[[rule]]\nkind = "rank"\nmost = 2\ncolour = 1\n{RULE}', r"found \['colour'\]"),
+        ('title = "x"\nextends = ["nobody"]', "expected one of generic, iree"),
+    ],
+)
+def test_a_damaged_profile_is_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(write(tmp_path, text))
+
+
+def test_an_unknown_or_circular_profile_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected one of generic, iree, .* or a \.toml file, found 'gpu'"):
+        load("gpu")
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        load(str(tmp_path / "absent.toml"))
+    own = str(tmp_path / "mine.toml")
+    with pytest.raises(InputError, match="expected no circle"):
+        load(write(tmp_path, f'title = "x"\nextends = ["{own}"]'))
+
+
+def test_remedies_are_switches_of_export() -> None:
+    for name in names():
+        for rule in load(name).rules:
+            for switch in (rule.switch, *rule.switch_in.values()):
+                flag, _, value = switch.partition(" ")
+                assert switch == "none" or value in SWITCHES[flag]
