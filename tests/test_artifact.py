@@ -183,3 +183,19 @@ def test_shardy_stays_shardy() -> None:
     module = lowered(jax.shard_map(lambda x: lax.psum(x, "a"), mesh=mesh, in_specs=over, out_specs=over), ((8,), F32))
     names = {o.name for o in artifact.walk(artifact.deserialise(artifact.serialise(module, "1.9.0")).operation)}
     assert "sdy.manual_computation" in names and "stablehlo.custom_call" not in names
+
+
+def test_what_no_version_can_express_is_told() -> None:
+    source = """func.func @main(%x: tensor<2xf32>) -> tensor<2xf32> {
+      %0 = "vendor.op"(%x) : (tensor<2xf32>) -> tensor<2xf32>
+      return %0 : tensor<2xf32> }"""
+    context = lowered(doubled, ((4,), F32)).context
+    context.allow_unregistered_dialects = True
+    try:
+        module = ir.Module.parse(source, context)
+        with pytest.raises(
+            InputError, match=r"module: expected what StableHLO can express, found dialect 'vendor' is unknown"
+        ):
+            artifact.minimum_version(module)
+    finally:
+        context.allow_unregistered_dialects = False

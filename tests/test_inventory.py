@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,7 @@ def test_a_loop_whose_end_depends_on_data_is_dynamic_and_marks_what_is_inside() 
     found = inventory(lowered(f, ((4,), F32), ((), I32)))
     assert counts(found, "operators", "stablehlo.sine") == (1, 5, True)
     assert counts(found, "operators", "stablehlo.cosine") == (1, 1, False)
+    assert counts(found, "features", "while:dynamic") == (1, 1, False)
     assert [(e["trips"], e["dynamic"]) for e in found["loops"]] == [("dynamic", False), (5, True)]
     assert found["where"]["while:dynamic"] == [{"operators": [], "place": "search", "executed": 1}]
     assert [p["place"] for p in found["where"]["stablehlo.sine"]] == ["search"]
@@ -139,6 +141,20 @@ def test_trip_counts_equal_running_the_loop() -> None:
                     while test(i, bound) and trips < 40:
                         i, trips = i + step, trips + 1
                     assert count(direction, start, bound, step) == (trips if trips < 40 else None)
+
+
+def test_trip_counts_are_those_that_xla_finds_in_the_compiled_program() -> None:
+    def inner(x, w):
+        return lax.fori_loop(2, 13, lambda i, y: jnp.tanh(y @ w), x), None
+
+    def f(x, stack, n):
+        x, _ = lax.scan(inner, x, stack)
+        return lax.fori_loop(0, n, lambda i, y: jnp.tanh(y @ y), x)
+
+    step = jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, t) for s, t in (((8, 8), F32), ((9, 8, 8), F32), ((), I32))))
+    known = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', step.compile().as_text())
+    found = [e["trips"] for e in inventory(step.compiler_ir("stablehlo"))["loops"]]
+    assert sorted(map(int, known)) == [9, 11] and sorted(map(str, found)) == ["11", "9", "dynamic"]
 
 
 def test_types_are_told_by_where_they_occur() -> None:

@@ -102,7 +102,7 @@ def test_loops_choices_and_comparators() -> None:
     assert {"feature while:dynamic", "operator stablehlo.case", "feature sort:compare other"} <= set(bad)
     assert bad["feature while:dynamic"].where == "attend" and bad["feature while:dynamic"].switch == "none"
     assert str(bad["feature while:dynamic"]).count("no switch removes it") == 1
-    assert bad["operator stablehlo.reduce_precision"].switch == "--numerics plain"
+    assert bad["operator stablehlo.reduce_precision"].switch == "--target float32"
     assert set(violations("no-while-dynamic", found_)) == {"feature while:dynamic", "operator stablehlo.case"}
     assert check(load("tpu"), found_) == []
     static = found(lambda x: lax.fori_loop(0, 4, lambda i, y: jnp.sin(y), x), ((4,), F32))

@@ -7,6 +7,7 @@ to read it for five years and to be read two years back; text has no such promis
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import socket
@@ -169,18 +170,39 @@ def versions() -> tuple[str, ...]:
     return tuple(".".join(map(str, v)) for v in (least, *inside, most))
 
 
-def _has_shardy(module: ir.Module) -> bool:
-    """Whether anything in the module speaks of Shardy, as an operation or as an attribute."""
-    return "sdy." in text(module)
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A stripped module as bytecode: given a module itself, jaxlib 0.10.2 ends the process.
 
+    Attributes:
+      shardy: whether it speaks of Shardy, which then stays as it is: else it would become custom calls.
+    """
 
-def _try_serialise(stripped: ir.Module, version: str) -> tuple[bytes, str]:
-    """(artifact, "") or (b"", MLIR's complaint). Shardy stays Shardy: else it would become custom calls."""
-    try:
-        # Bytecode, not the module itself: given a module, jaxlib 0.10.2 ends the process.
-        return serialize_portable_artifact(_bytecode(stripped), version, _has_shardy(stripped)), ""
-    except Exception as e:  # jaxlib raises its own kinds, and they differ between versions
-        return b"", str(e)
+    bytecode: bytes
+    shardy: bool
+
+    @classmethod
+    def of(cls, stripped: ir.Module) -> _Ready:
+        return cls(_bytecode(stripped), "sdy." in text(stripped))
+
+    def portable(self, version: str) -> tuple[bytes, str]:
+        """(artifact, "") or (b"", MLIR's complaint)."""
+        try:
+            return serialize_portable_artifact(self.bytecode, version, self.shardy), ""
+        except Exception as e:  # jaxlib raises its own kinds, and they differ between versions
+            return b"", str(e)
+
+    def least(self) -> str | None:
+        """The first version that can express the module: newer ones only add, so halve. None where none can."""
+        known = versions()
+        low, high = 0, len(known)
+        while low < high:
+            middle = (low + high) // 2
+            if self.portable(known[middle])[0]:
+                high = middle
+            else:
+                low = middle + 1
+        return known[low] if low < len(known) else None
 
 
 def serialise(module: ir.Module, version: str) -> bytes:
@@ -200,13 +222,13 @@ def serialise(module: ir.Module, version: str) -> bytes:
     least, most = versions()[0], versions()[-1]
     if not parse_version(least) <= wanted <= parse_version(most):
         raise InputError(f"StableHLO version: expected {least} to {most}, found {version}")
-    artifact, complaint = _try_serialise(stripped, version)
+    ready = _Ready.of(stripped)
+    artifact, complaint = ready.portable(version)
     if artifact:
         return artifact
-    needed = _least(stripped)
+    needed, fault = ready.least(), _fault(stripped, complaint, version)
     if needed is None:
-        raise InputError(f"module: expected what StableHLO can express, found {_fault(stripped, complaint, version)}")
-    fault = _fault(stripped, complaint, version)
+        raise InputError(f"module: expected what StableHLO can express, found {fault}")
     raise InputError(f"StableHLO {version}: expected operations of that version, found {fault}; needs {needed}")
 
 
@@ -214,7 +236,8 @@ def _fault(stripped: ir.Module, complaint: str, version: str) -> str:
     """The illegal operation, the function it is, and the element types that the version does not know."""
     illegal = _ILLEGAL.search(complaint)
     if not illegal:
-        return complaint.splitlines()[-1] if complaint else "no reason given"
+        first = re.search(r"error: (.*)", complaint)
+        return first[1][:300] if first else complaint[:300] or "no reason given"
     symbol = _SYMBOL.search(complaint.partition("see current operation")[0]) if illegal[1] == "func" else None
     name = f"function @{symbol[1]}" if symbol else f"operation stablehlo.{illegal[1]}"
     young = [t for t in sorted(element_types(stripped)) if parse_version(type_floor(t)) > parse_version(version)]
@@ -243,22 +266,9 @@ def type_floor(element: str) -> str:
     source = f"func.func @main(%x: tensor<2x{element}>) -> tensor<2x{element}> {{ return %x : tensor<2x{element}> }}"
     try:
         with context, _quiet(context):
-            return _least(ir.Module.parse(source, context)) or versions()[-1]
+            return _Ready.of(ir.Module.parse(source, context)).least() or versions()[-1]
     except ir.MLIRError:
         return versions()[-1]
-
-
-def _least(stripped: ir.Module) -> str | None:
-    """The first version that can express the module: newer ones only add, so halve. None where none can."""
-    known = versions()
-    low, high = 0, len(known)
-    while low < high:
-        middle = (low + high) // 2
-        if _try_serialise(stripped, known[middle])[0]:
-            high = middle
-        else:
-            low = middle + 1
-    return known[low] if low < len(known) else None
 
 
 def minimum_version(module: ir.Module) -> str:
@@ -267,12 +277,10 @@ def minimum_version(module: ir.Module) -> str:
     Raises:
       InputError: if none that jaxlib writes can express it.
     """
-    stripped = strip(module)
-    found = _least(stripped)
+    found = _Ready.of(strip(module)).least()
     if found is None:
-        serialise(module, versions()[-1])
-        raise InputError("module: expected what StableHLO can express, found otherwise")
-    return found
+        serialise(module, versions()[-1])  # says what is at fault
+    return found or versions()[-1]
 
 
 class _quiet:

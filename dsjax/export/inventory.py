@@ -71,6 +71,7 @@ class _Walker:
     def __init__(self, functions: dict[str, Any]) -> None:
         self.functions = functions
         self.loops = Loops({symbol: f.regions[0].blocks[0] for symbol, f in functions.items() if f.regions[0].blocks})
+        self.dynamic: set[int] = set()
         self.done: dict[tuple[str, tuple[Known | None, ...]], _Tally] = {}
 
     def function(self, symbol: str, known: tuple[Known | None, ...]) -> _Tally:
@@ -121,6 +122,7 @@ class _Walker:
         note("loop", (symbol, trips))
         if trips is None:
             note("feature", "while:dynamic")
+            self.dynamic.add(hash(loop))
         carried = self.loops.invariants(loop, scope)
         condition, body = (region.blocks[0] for region in loop.regions)
         inside, unsure = times * (1 if trips is None else trips), dynamic or trips is None
@@ -241,6 +243,8 @@ def inventory(module: ir.Module) -> dict[str, Any]:
     walker = _Walker(functions)
     tally = walker.function(main, (None,) * len(functions[main].regions[0].blocks[0].arguments))
     written, facts = _text(functions, module)
+    written["feature"]["while:dynamic"] = len(walker.dynamic)
+    written["feature"] += Counter()  # without what is there zero times
     arguments, results = _signature(functions[main])
     for entry in (*arguments, *results):
         written["feature"].update(f"attribute:{name}" for name in entry["attributes"])
