@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,6 +61,20 @@ def write_checkpoint_files(
         file.write(json.dumps(index, indent=2) + "\n")
 
 
+def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one new file of arrays under their names; `metadata` becomes its `__metadata__`.
+
+    Raises:
+        InputError: the file exists already or cannot be written.
+        ValueError: unknown dtype.
+    """
+    specs = [Spec(name, array.dtype, array.shape) for name, array in tensors.items()]
+    for spec in specs:
+        if spec.dtype not in _CODES:
+            raise ValueError(f"tensor {spec.name!r}: safetensors has no dtype for {spec.dtype!r}")
+    _write_shard(path, specs, iter(tensors.values()), metadata)
+
+
 def _plan_shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
     shards: list[list[Spec]] = []
     seen = {"__metadata__"}
@@ -79,8 +93,10 @@ def _plan_shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
     return shards
 
 
-def _write_shard(path: Path, specs: Sequence[Spec], stream: Iterator[np.ndarray]) -> None:
-    header, offsets = plan_layout(specs)
+def _write_shard(
+    path: Path, specs: Sequence[Spec], stream: Iterator[np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    header, offsets = plan_layout(specs, metadata)
     with os_errors(path), path.open("xb") as file:
         file.write(header)
         for spec in specs:
@@ -88,14 +104,15 @@ def _write_shard(path: Path, specs: Sequence[Spec], stream: Iterator[np.ndarray]
             _write_tensor(file, spec, next(stream, None))  # holds no array while the next is made
 
 
-def plan_layout(specs: Sequence[Spec]) -> tuple[bytes, dict[str, int]]:
+def plan_layout(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """The length-prefixed header of a shard, and the absolute offset of each of its tensors.
 
     Wide elements come first, as the official writer lays them out: with the data section at a multiple of 64 bytes
     (the header is padded with spaces, which the format allows) every tensor is then aligned to its elements, without
     a hole.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to be told the format
+    # transformers wants to be told the format
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     begins: dict[str, int] = {}
     end = 0
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import jax
 
 from dsjax.cli import verbs
+from dsjax.cli.align import add_flags as add_align_flags
+from dsjax.cli.align import align
 from dsjax.cli.chat import chat
 from dsjax.cli.convert import add_flags as add_convert_flags
 from dsjax.cli.convert import convert
@@ -169,6 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
     _weights_flag(p)
     p.set_defaults(run=convert)
 
+    p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
+    add_align_flags(p)
+    p.set_defaults(run=align)
+
     p = commands.add_parser("generate", parents=[common], help="continue prompts")
     _model_flags(p)
     source = p.add_mutually_exclusive_group(required=True)
@@ -241,7 +247,7 @@ def _join(options: argparse.Namespace) -> Group | None:
     Raises:
       InputError: naming the flag, or the process.
     """
-    if options.run in (verbs.synth, verbs.inspect, convert) and not options.platform:
+    if options.run in (verbs.synth, verbs.inspect, convert, align) and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     if options.platform:
         jax.config.update("jax_platforms", options.platform)

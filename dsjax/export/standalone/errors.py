@@ -115,6 +115,11 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return max(errors["max_relative"], errors["norm"])
 
 
+def strict_bound(golden: Stored, strict: float) -> float | None:
+    """The strict bound of a result for which nobody gave one: integers must be equal, codes (uint8) get no verdict."""
+    return strict if golden.code in FLOATS else None if golden.code == "U8" else 0.0
+
+
 def judge(
     name: str, golden: Stored, candidate: Stored | None, bound: float | None, strict: float | None, spread: float = 0.0
 ) -> dict[str, Any]:

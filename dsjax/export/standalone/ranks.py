@@ -31,7 +31,7 @@ def assemble(name: str, golden: Stored, shards: Shards, places: Places) -> tuple
         spread = max(spread, distance(held[again], values[again]))
         whole[part] = np.where(again, whole[part], values)
         seen[part] = True
-    return (Stored.of(whole), spread, []) if seen.all() else (None, 0.0, [f"{name}: no rank holds all of it"])
+    return (Stored.of(whole), spread, []) if seen.all() else (None, 0.0, [f"{name}: the ranks leave some of it out"])
 
 
 def rank_order(expected: Mapping[str, Stored], shards: Shards, places: Places, bound: float) -> str | None:

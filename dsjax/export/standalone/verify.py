@@ -32,12 +32,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsjax.export.standalone.arrays import FLOATS, BadInput, Stored, find_arrays, read_arrays, read_json
-from dsjax.export.standalone.errors import judge
+from dsjax.export.standalone.arrays import BadInput, Stored, find_arrays, read_arrays, read_json
+from dsjax.export.standalone.errors import judge, strict_bound
 from dsjax.export.standalone.ranks import Places, assemble, rank_order
 
 SCHEMA = 1
 STRICT = 1e-5
+GATES = ("bound", "strict")
 
 
 def read_manifest(bundle: Path) -> dict[str, Any]:
@@ -80,9 +81,8 @@ def check_files(bundle: Path, files: Mapping[str, Any]) -> dict[str, str]:
 
 def _limits(entry: Any, golden: Stored, bound: float, path: Path) -> tuple[float | None, float | None]:
     """A result's bound and strict bound, as tolerance.json has them: a null is no verdict."""
-    strict = STRICT if golden.code in FLOATS else None if golden.code == "U8" else 0.0
     try:
-        strict = entry.get("strict", strict)
+        strict = entry.get("strict", strict_bound(golden, STRICT))
         return bound if entry.get("bound", bound) is not None else None, None if strict is None else float(strict)
     except (AttributeError, TypeError, ValueError):
         raise BadInput(f"{path}: expected an object with a strict bound, found {str(entry)[:80]}") from None
@@ -107,6 +107,34 @@ def _places(modules: Sequence[Mapping[str, Any]], expected: Mapping[str, Stored]
     return dict(sorted(places.items()))
 
 
+class Found:
+    """What a candidate gives for one golden: whole results, also those made of its ranks' parts."""
+
+    def __init__(self, folder: Path, expected: Mapping[str, Stored], places: Places) -> None:
+        self.source, self.problems, self.spread = "whole results", [], dict.fromkeys(expected, 0.0)
+        self.results = find_arrays(folder) or {}
+        self.shards: dict[int, dict[str, Stored]] = {}
+        if self.results:
+            fit = {n: a for n, a in self.results.items() if n in expected and a.shape == expected[n].shape}
+            for rank, parts in places.items():
+                self.shards[rank] = {n: Stored(a.raw[parts[n]], a.code) for n, a in fit.items() if n in parts}
+            return
+        by_rank = {rank: find_arrays(folder / f"rank{rank}") for rank in places}
+        missing = [str(rank) for rank, arrays in by_rank.items() if arrays is None]
+        if len(missing) == len(by_rank):
+            self.problems = [f"no results: expected {folder / 'outputs.safetensors'} or .npz"]
+        elif missing:
+            self.problems = [f"no results of ranks {', '.join(missing)}"]
+        else:
+            self.source = f"{len(by_rank)} ranks"
+            self.shards = {rank: arrays for rank, arrays in by_rank.items() if arrays is not None}
+            for name, golden in expected.items():
+                whole, self.spread[name], problems = assemble(name, golden, self.shards, places)
+                self.problems += problems
+                if whole is not None:
+                    self.results[name] = whole
+
+
 def compare_golden(
     bundle: Path, candidate: Path, golden: str, modules: Sequence[Mapping[str, Any]], bound: float
 ) -> dict[str, Any]:
@@ -117,40 +145,19 @@ def compare_golden(
     limits = {n: _limits(tolerance.get(n, {}), g, bound, path / "tolerance.json") for n, g in expected.items()}
     places = _places(modules, expected, bundle / "manifest.json")
     folder = next((f for f in (candidate / name, candidate / golden) if f.is_dir()), candidate / name)
-    found, spread, problems, shards = find_arrays(folder), {}, [], {}
-    source = "whole results"
-    if found is None and places:
-        by_rank = {rank: find_arrays(folder / f"rank{rank}") for rank in places}
-        shards = {rank: arrays for rank, arrays in by_rank.items() if arrays is not None}
-        if shards and len(shards) < len(places):
-            problems.append(f"no results of ranks {', '.join(str(r) for r in places if r not in shards)}")
-            shards = {}
-        if shards:
-            source, found = f"{len(shards)} ranks", {}
-            for n, g in expected.items():
-                whole, spread[n], wrong = assemble(n, g, shards, places)
-                problems += wrong
-                if whole is not None:
-                    found[n] = whole
-    elif found is not None:
-        fit = {n: f for n, f in found.items() if n in expected and f.shape == expected[n].shape}
-        shards = {
-            r: {n: Stored(f.raw[parts[n]], f.code) for n, f in fit.items() if n in parts} for r, parts in places.items()
-        }
-    if found is None and not problems:
-        problems.append(f"no results: expected {folder / 'outputs.safetensors'} or .npz")
-    found = found or {}
-    results = [judge(n, g, found.get(n), *limits[n], spread.get(n, 0.0)) for n, g in expected.items()]
-    if shards and any(row["within_bound"] is False for row in results):
-        order = rank_order(expected, shards, places, bound)
+    found = Found(folder, expected, places)
+    results = [judge(n, g, found.results.get(n), *limits[n], found.spread[n]) for n, g in expected.items()]
+    problems, notes = (
+        found.problems,
+        [f"{n}: the golden has no such result" for n in found.results if n not in expected],
+    )
+    if found.shards and any(row["within_bound"] is False for row in results):
+        order = rank_order(expected, found.shards, places, bound)
         problems += [order] if order else []
-    notes = [
-        f"ranks differ by {row['rank_difference']:.2g} in {row['name']}, where they should hold the same"
-        for row in results
-        if "rank_difference" in row
-    ]
-    notes += [f"{n}: no result of the golden's" for n in found if n not in expected]
-    return {"golden": name, "source": source, "results": results, "problems": problems, "notes": notes}
+    for row in results:
+        if "rank_difference" in row:
+            notes.append(f"{row['name']}: ranks differ by {row['rank_difference']:.2g} where they should hold the same")
+    return {"golden": name, "source": found.source, "results": results, "problems": problems, "notes": notes}
 
 
 def verify(bundle: Path, candidate: Path, bound: float = 0.05, only: str = "*") -> dict[str, Any]:
@@ -166,7 +173,7 @@ def verify(bundle: Path, candidate: Path, bound: float = 0.05, only: str = "*") 
     by_golden: dict[str, list[Any]] = {}
     for module in manifest["modules"]:
         golden = module.get("golden") if isinstance(module, dict) else ""
-        if golden is not None and not (isinstance(golden, str) and re.fullmatch(r"golden/[\w.-]+", golden)):
+        if golden is not None and not (isinstance(golden, str) and re.fullmatch(r"golden/[\w-][\w.-]*", golden)):
             raise BadInput(f"{bundle / 'manifest.json'}: modules: expected golden/NAME, found {str(golden)[:80]!r}")
         if golden is not None and fnmatch.fnmatch(golden[7:], only):
             by_golden.setdefault(golden, []).append(module)
@@ -238,6 +245,11 @@ def show(report: Mapping[str, Any]) -> None:
     print(f"within {percent}: {word(report['within_bound'])}; strict: {word(report['within_strict'])}")
 
 
+def passes(report: Mapping[str, Any], gate: str) -> bool:
+    """Whether a report has no negative verdict, of the bound or also of the strict one."""
+    return bool(report["within_bound"] and (gate == "bound" or report["within_strict"]))
+
+
 def positive(text: str) -> float:
     """A bound of the command line."""
     value = float(text)
@@ -254,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: this file's folder"
     )
     parser.add_argument("--bound", type=positive, default=0.05)
-    parser.add_argument("--gate", choices=("bound", "strict"), default="bound", help="which verdict the exit status is")
+    parser.add_argument("--gate", choices=GATES, default="bound", help="which verdict the exit status is")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="goldens to look at")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -267,8 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(plain(report)))
     else:
         show(report)
-    passed = report["within_bound"] and (options.gate == "bound" or report["within_strict"])
-    return 0 if passed else 1
+    return 0 if passes(report, options.gate) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""The precision report for people: a table, worst first, and a plot in the order of calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsjax.align.plot import Point, svg_scatter
+from dsjax.export.standalone.verify import logits_line, table, word
+
+Report = dict[str, Any]
+_ROWS = 12
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _layer(row: Report) -> str:
+    return "-" if row["layer"] is None else str(row["layer"])
+
+
+def _groups(groups: list[Report], by: str, bound: str) -> list[str]:
+    head = [by, "results", "max rel", "norm", "median", f">{bound}", ">strict", "worst"]
+    rows = [
+        [
+            str(group[by]),
+            str(group["results"]),
+            *(_number(group[column]) for column in ("max_relative", "norm", "median_error")),
+            *(str(group[column]) for column in ("beyond_bound", "beyond_strict")),
+            group["worst"],
+        ]
+        for group in groups[:_ROWS]
+    ]
+    return [table([head, *rows]), *_rest(len(groups), f"{by}s")]
+
+
+def _rest(count: int, what: str) -> list[str]:
+    return [f"... {count - _ROWS} more {what}, no worse"] if count > _ROWS else []
+
+
+def report_text(report: Report) -> str:
+    """Tables by operator, layer and call, each worst first, then what departs first and the verdicts."""
+    bound, rows = f"{report['bound']:.3g}", report["results"]
+    taps = any(row["order"] is not None for row in rows)
+    lines: list[str] = []
+    if taps:
+        lines += [*_groups(report["operators"], "operator", bound), ""]
+    if report["layers"]:
+        lines += [*_groups(report["layers"], "layer", bound), ""]
+    columns = ("max_relative", "norm", "mean_relative", "cosine", "pcc", "equal_share")
+    shown = [["result", "max rel", "norm", "mean rel", "cosine", "PCC", "equal", f"<={bound}", "strict"]]
+    worst = sorted(rows, key=lambda row: -row["error"])
+    for row in worst[:_ROWS]:
+        errors = [f"{row[column]:.5g}" if column in row else "-" for column in columns]
+        shown.append([row["name"], *errors, word(row["within_bound"]), word(row["within_strict"])])
+    lines += [table(shown), *_rest(len(rows), "results")]
+    lines += [f"{row['name']}: {problem}" for row in worst[:_ROWS] for problem in row["problems"]]
+    lines += [f"{name}: {logits_line(logits)}" for name, logits in report["logits"].items()]
+    if report["extra"]:
+        lines.append(f"the candidate alone has {len(report['extra'])} results: {', '.join(report['extra'][:4])} ...")
+    if taps:
+        first = report["first_departure"]
+        lines.append(f"first beyond strict: {first['strict'] or 'none'}; beyond {bound}: {first['bound'] or 'none'}")
+    verdicts = f"within {bound}: {word(report['within_bound'])}; strict ({report['strict']:.1g}): "
+    return "\n".join([*lines, verdicts + word(report["within_strict"])])
+
+
+def report_plot(report: Report, title: str) -> str:
+    """Each result's error in the order of calls, coloured by operator, with the lines of both bounds, as SVG."""
+    points = []
+    for index, row in enumerate(report["results"]):
+        label = f"{row['name']}\nlayer {_layer(row)}, {row['operator']}\nerror {row['error']:.3g}"
+        points.append(Point(index, row["error"], row["operator"], "\n".join([label, *row["problems"]])))
+    bounds = {f"strict {report['strict']:.3g}": report["strict"], f"bound {report['bound']:.3g}": report["bound"]}
+    ylabel = "error: larger of max relative and norm"
+    return svg_scatter(points, bounds, title, "results in the order of operators' calls", ylabel)
