@@ -155,10 +155,10 @@ def read_arrays(path: Path) -> dict[str, Stored]:
             raise BadInput(f"{path}: expected a file, found none")
         if path.suffix == ".safetensors":
             return read_safetensors(path)[0]
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"logits": Stored.of(loaded)}
-        with loaded:
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"logits": Stored.of(loaded)}
             return {name: Stored.of(loaded[name]) for name in loaded.files}
     except BadInput as e:
         raise e if str(path) in str(e) else BadInput(f"{path}: {e}") from None
