@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsjax.align.plot import Point, svg_scatter
-from dsjax.export.standalone.verify import logits_line, table, word
+from dsjax.export.standalone.verify import logits_line, percent, table, word
 
 Report = dict[str, Any]
 _ROWS = 12
@@ -40,7 +40,7 @@ def _rest(count: int, what: str) -> list[str]:
 
 def report_text(report: Report) -> str:
     """Tables by operator, layer and call, each worst first, then what departs first and the verdicts."""
-    bound, rows = f"{report['bound']:.3g}", report["results"]
+    bound, rows = percent(report["bound"]), report["results"]
     taps = any(row["order"] is not None for row in rows)
     lines: list[str] = []
     if taps:
@@ -48,7 +48,7 @@ def report_text(report: Report) -> str:
     if report["layers"]:
         lines += [*_groups(report["layers"], "layer", bound), ""]
     columns = ("max_relative", "norm", "mean_relative", "cosine", "pcc", "equal_share")
-    shown = [["result", "max rel", "norm", "mean rel", "cosine", "PCC", "equal", f"<={bound}", "strict"]]
+    shown = [["result", "max rel", "norm", "mean rel", "cosine", "PCC", "equal", bound, "strict"]]
     worst = sorted(rows, key=lambda row: -row["error"])
     for row in worst[:_ROWS]:
         errors = [f"{row[column]:.5g}" if column in row else "-" for column in columns]
@@ -61,7 +61,7 @@ def report_text(report: Report) -> str:
     if taps:
         first = report["first_departure"]
         lines.append(f"first beyond strict: {first['strict'] or 'none'}; beyond {bound}: {first['bound'] or 'none'}")
-    verdicts = f"within {bound}: {word(report['within_bound'])}; strict ({report['strict']:.1g}): "
+    verdicts = f"{bound}: {word(report['within_bound'])}; strict ({report['strict']:.1g}): "
     return "\n".join([*lines, verdicts + word(report["within_strict"])])
 
 
@@ -71,6 +71,6 @@ def report_plot(report: Report, title: str) -> str:
     for index, row in enumerate(report["results"]):
         label = f"{row['name']}\nlayer {_layer(row)}, {row['operator']}\nerror {row['error']:.3g}"
         points.append(Point(index, row["error"], row["operator"], "\n".join([label, *row["problems"]])))
-    bounds = {f"strict {report['strict']:.3g}": report["strict"], f"bound {report['bound']:.3g}": report["bound"]}
+    bounds = {f"strict {report['strict']:.3g}": report["strict"], percent(report["bound"]): report["bound"]}
     ylabel = "error: larger of max relative and norm"
     return svg_scatter(points, bounds, title, "results in the order of operators' calls", ylabel)

@@ -217,6 +217,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def percent(bound: float) -> str:
+    """A bound as its verdict is called: 5%."""
+    return f"{100 * bound:.3g}%"
+
+
 def logits_line(x: Mapping[str, float]) -> str:
     """What `logits_errors` found, for people."""
     agree = f"top-1 {x['top1']:.2%}, top-5 {x['top5']:.2%}"
@@ -225,9 +230,9 @@ def logits_line(x: Mapping[str, float]) -> str:
 
 def show(report: Mapping[str, Any]) -> None:
     """The report for people."""
-    percent, lines = f"{report['bound']:.3g}", []
+    bound, lines = percent(report["bound"]), []
     columns = ("max_relative", "norm", "mean_relative", "cosine", "pcc", "equal_share")
-    rows = [["result", "max rel", "norm", "mean rel", "cosine", "PCC", "equal", f"<={percent}", "strict", "bound"]]
+    rows = [["result", "max rel", "norm", "mean rel", "cosine", "PCC", "equal", bound, "strict", "at"]]
     for golden in report["goldens"]:
         for row in golden["results"]:
             errors = [f"{row[c]:.5g}" if c in row else "-" for c in columns]
@@ -242,7 +247,7 @@ def show(report: Mapping[str, Any]) -> None:
     print(table(rows), *lines, sep="\n")
     good = report["files"]["checked"] - len(report["files"]["problems"])
     print(f"files: {good} of {report['files']['checked']} as the manifest says")
-    print(f"within {percent}: {word(report['within_bound'])}; strict: {word(report['within_strict'])}")
+    print(f"{bound}: {word(report['within_bound'])}; strict: {word(report['within_strict'])}")
 
 
 def passes(report: Mapping[str, Any], gate: str) -> bool:
