@@ -38,7 +38,8 @@ def toy(*, swap: tuple[int, int, int] | None = None, fault: Any = None, extra: b
 
     def tap(layer: int | None, operator: str, *values: np.ndarray) -> None:
         order = found[-1].order + 1 if found else 0
-        found.extend(Tap(order, layer, operator, i, v.astype(np.float32)) for i, v in enumerate(values))
+        kinds = {"f": np.float32, "i": np.int32}
+        found.extend(Tap(order, layer, operator, i, v.astype(kinds[v.dtype.kind])) for i, v in enumerate(values))
 
     for layer in range(LAYERS):
         router, experts = r.normal(size=(WIDTH, EXPERTS)), r.normal(size=(EXPERTS, WIDTH, WIDTH)) / WIDTH**0.5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from bundles import (
     write_bundle,
 )
 
+from dsjax.export.standalone import source
 from dsjax.export.standalone.verify import main, verify
 
 
@@ -43,6 +46,17 @@ def test_alone_with_numpy(bundle: Path, tmp_path: Path) -> None:
     done = run_alone(bundle, chip)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "5%: FAIL; strict: FAIL"
     assert run_alone(bundle, tmp_path / "none").returncode == 2
+
+
+def test_one_file_for_python_3_9() -> None:
+    """What is joined for a bundle: 3.9's grammar, an import once and in front, no name defined twice."""
+    tree = ast.parse(source(), feature_version=(3, 9))
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    assert set(modules) <= {"numpy", "__future__", *sys.stdlib_module_names, "collections.abc"}
+    assert len(set(modules)) == len(modules) and tree.body[1 : len(imports) + 1] == imports
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(set(names)) == len(names) > 20
 
 
 def test_alone_really_is_alone(bundle: Path) -> None:
@@ -74,6 +88,14 @@ def test_one_large_error_is_not_averaged_away(bundle: Path, tmp_path: Path) -> N
     logits[0, 0, 0] += 0.06 * np.abs(logits).max()
     row = row_of(verify(bundle, candidate_of(tmp_path, outputs() | {"logits": logits})), "logits")
     assert row["norm"] < 0.05 < row["max_relative"] and not row["within_bound"]
+
+
+def test_many_small_errors_do_not_hide_behind_a_large_value(tmp_path: Path) -> None:
+    golden = np.ones(301, np.float32)
+    golden[7] = 100
+    bundle = write_bundle(tmp_path / "bundle", {GOLDEN: {"logits": golden}})
+    row = row_of(verify(bundle, candidate_of(tmp_path, {"logits": golden + 3})), "logits")
+    assert row["max_relative"] < 0.05 < row["norm"] and not row["within_bound"]
 
 
 def put(name: str, index: tuple[int, ...], value: float) -> Callable[[Arrays], None]:

@@ -9,7 +9,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 1000, 520
 _LEFT, _RIGHT, _TOP, _BOTTOM = 90, 220, 56, 64  # margins; the legend stands to the right
-_BAND = 26  # above and below the scale, for what has no place on it
+_BAND = 34  # above and below the scale, for what has no place on it
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#333333")  # Okabe and Ito's
 _SHAPES = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",  # circle
@@ -107,7 +107,11 @@ def svg_scatter(
     )
     for label, y in bounds.items():
         parts.append(_line(_LEFT, up(y), right, up(y), 'stroke="#c00" stroke-dasharray="6 4"'))
-        parts.append(_text(right - 6, up(y) - 5, label, "end", ' fill="#c00"'))
+        parts.append(
+            _text(
+                right - 6, up(y) - 5, label, "end", ' fill="#c00" paint-order="stroke" stroke="#fff" stroke-width="3"'
+            )
+        )
     groups = list(dict.fromkeys(p.group for p in points))
     for number, group in enumerate(groups):
         colour, shape = _COLOURS[number % len(_COLOURS)], _SHAPES[number // len(_COLOURS) % len(_SHAPES)]
