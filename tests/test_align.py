@@ -125,6 +125,18 @@ def test_other_operators_in_between() -> None:
     assert common["within_strict"] and len(common["missing"]) == LAYERS and len(common["results"]) == 4 * LAYERS + 1
 
 
+def test_one_result_of_a_call_is_missing() -> None:
+    """It alone: later calls of that operator are not taken for it."""
+    candidate = taps.arrays(toy())
+    del candidate["00001.0.moe_gate.1"]
+    report = compare(taps.arrays(toy()), candidate)
+    assert report["missing"] == ["00001.0.moe_gate.1"] == [r["name"] for r in report["results"] if r["error"] > 0]
+    again = [*toy()[:3], Tap(3, 0, "moe_gate", 0, np.ones(2, np.float32)), Tap(3, 0, "moe_gate", 1, np.ones(2, np.float32))]
+    lacking = taps.arrays(again)
+    del lacking["00001.0.moe_gate.1"]
+    assert compare(taps.arrays(again), lacking)["missing"] == ["00001.0.moe_gate.1"]
+
+
 def test_integers_are_equal_or_not() -> None:
     """Picked experts in another order: few unequal ones pass at 5%, none at the strict bound."""
     ids = np.arange(100, dtype=np.int32)

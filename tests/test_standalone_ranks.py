@@ -88,7 +88,7 @@ def test_no_rank_order_helps(ranks_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("factor", "bound", "strict"), [(1.0001, True, False), (1.2, False, False)])
 def test_ranks_that_differ(ranks_bundle: Path, tmp_path: Path, factor: float, bound: bool, strict: bool) -> None:
     def change(place: int, parts: Arrays) -> None:
-        if place == 2:
+        if place == RANKS - 1:
             parts["hidden"] *= np.float32(factor)
 
     save_ranks(tmp_path / "chip", ranks_golden(), [0, 1, 2, 3], change)

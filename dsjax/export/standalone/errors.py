@@ -143,14 +143,15 @@ def judge(
             problems.append(f"expected {golden.code}, found {candidate.code}")
         else:
             a, b = golden.values(), candidate.values()
-            row["error"] = max(distance(a, b), spread)
             if golden.code in FLOATS:
                 problems += strangers(a, b)
                 row.update(float_errors(a, b))
+                row["error"] = math.inf if problems else max(row["max_relative"], row["norm"], spread)
                 if a.ndim and a.size and re.search(r"(^|[^a-z])logits$", name):
                     row["logits"] = logits_errors(a, b)
             else:
-                row["equal_share"] = 1 - distance(a, b)
+                unequal = distance(a, b)
+                row.update(equal_share=1 - unequal, error=max(unequal, spread))
     if spread:
         row["rank_difference"] = spread
     for verdict, limit in (("within_bound", bound), ("within_strict", strict)):
