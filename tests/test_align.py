@@ -131,7 +131,11 @@ def test_one_result_of_a_call_is_missing() -> None:
     del candidate["00001.0.moe_gate.1"]
     report = compare(taps.arrays(toy()), candidate)
     assert report["missing"] == ["00001.0.moe_gate.1"] == [r["name"] for r in report["results"] if r["error"] > 0]
-    again = [*toy()[:3], Tap(3, 0, "moe_gate", 0, np.ones(2, np.float32)), Tap(3, 0, "moe_gate", 1, np.ones(2, np.float32))]
+    again = [
+        *toy()[:3],
+        Tap(3, 0, "moe_gate", 0, np.ones(2, np.float32)),
+        Tap(3, 0, "moe_gate", 1, np.ones(2, np.float32)),
+    ]
     lacking = taps.arrays(again)
     del lacking["00001.0.moe_gate.1"]
     assert compare(taps.arrays(again), lacking)["missing"] == ["00001.0.moe_gate.1"]
