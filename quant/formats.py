@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from quant.operator import operator
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -87,6 +89,8 @@ def decode_finite_e4m3(codes: jax.Array) -> tuple[jax.Array, float]:
     The factor is left to the caller, who folds it into a block scale. NaN codes (0x7F, 0xFF) come out as +-480, so
     this is for weights whose loader has refused NaN.
     """
+    if decode.chosen != "bits":
+        return decode(codes, E4M3), 1.0
     wide = lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int16)
     # Sign extension puts the sign into bit 15 after the shift; bit 14 (a copy of it) is not part of the number.
     bits = (wide << 7) & jnp.int16(~0x4000)
@@ -98,6 +102,9 @@ def decode_packed_e2m1(packed: jax.Array) -> tuple[jax.Array, jax.Array, float]:
 
     Both values are float32 [..., K/2]; the factor is left to the caller, as in `decode_finite_e4m3`.
     """
+    if decode.chosen == "convert":
+        pairs = lax.bitcast_convert_type(packed, E2M1.dtype).astype(jnp.float32)
+        return pairs[..., 0], pairs[..., 1], 1.0
     # A nibble's sign is copied down by an arithmetic shift until its number is in float16's place; the mask clears the
     # copies. Five operations for two numbers, against eleven with sign and number apart.
     wide = lax.bitcast_convert_type(packed, jnp.int8).astype(jnp.int16)
@@ -109,6 +116,7 @@ def decode_packed_e2m1(packed: jax.Array) -> tuple[jax.Array, jax.Array, float]:
     return values(even), values(odd), _E2M1_REBIAS
 
 
+@operator("decode", first="bits")
 def decode(codes: jax.Array, fmt: Format) -> jax.Array:
     """Codes -> float32 values, exactly; NaN codes give NaN.
 
@@ -141,6 +149,20 @@ def decode(codes: jax.Array, fmt: Format) -> jax.Array:
     if fmt == F16:
         return _float16(codes)
     raise ValueError(f"no decoder for {fmt.name}")
+
+
+@decode.variant("convert", bound=0.0)
+def _converted(codes: jax.Array, fmt: Format) -> jax.Array:
+    """By a bitcast to the format's own type and `convert`, for compilers that know the types; 4-bit codes by bits."""
+    if fmt.packed or fmt in (INT8, INT4):
+        return decode.variants["bits"].body(codes, fmt)
+    return lax.bitcast_convert_type(codes, fmt.dtype).astype(jnp.float32)
+
+
+@decode.variant("fp8", bound=0.0)
+def _converted_fp8(codes: jax.Array, fmt: Format) -> jax.Array:
+    """As "convert" for FP8, by bits for E8M0 and FP4, which fewer compilers know."""
+    return decode.variants["convert" if fmt in (E4M3, E5M2) else "bits"].body(codes, fmt)
 
 
 def encode(values: jax.Array, fmt: Format) -> jax.Array:

@@ -40,6 +40,8 @@ DTYPES: dict[str, np.dtype] = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
     "BOOL": np.dtype(np.bool_),

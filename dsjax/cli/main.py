@@ -19,6 +19,8 @@ from dsjax.cli.align import align
 from dsjax.cli.chat import chat
 from dsjax.cli.convert import add_flags as add_convert_flags
 from dsjax.cli.convert import convert
+from dsjax.cli.export import add_flags as add_export_flags
+from dsjax.cli.export import run as export
 from dsjax.cli.many import join, process_flags, refuse_many
 from dsjax.cli.plan import plan, size
 from dsjax.errors import InputError
@@ -171,6 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
     _weights_flag(p)
     p.set_defaults(run=convert)
 
+    p = commands.add_parser("export", parents=[common], help="write StableHLO programs, golden numbers and a report")
+    add_export_flags(p)
+    p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="ranks (default: one device)")
+    p.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    p.set_defaults(run=export)
+
     p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
     add_align_flags(p)
     p.set_defaults(run=align)
@@ -247,7 +255,7 @@ def _join(options: argparse.Namespace) -> Group | None:
     Raises:
       InputError: naming the flag, or the process.
     """
-    if options.run in (verbs.synth, verbs.inspect, convert, align) and not options.platform:
+    if options.run in (verbs.synth, verbs.inspect, convert, align, export) and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     if options.platform:
         jax.config.update("jax_platforms", options.platform)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxlib.mlir import ir
 
@@ -25,6 +26,26 @@ def elements(types: Any) -> list[Any]:
 def bits(element: Any) -> int:
     """Bits of one element of an MLIR element type; a complex one has two."""
     return 2 * bits(ir.ComplexType(element).element_type) if isinstance(element, ir.ComplexType) else element.width
+
+
+_NUMPY = {
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f64": "float64",
+    "i1": "bool",
+    "f8E4M3FN": "float8_e4m3fn",
+    "f8E5M2": "float8_e5m2",
+    "f8E8M0FNU": "float8_e8m0fnu",
+    "f4E2M1FN": "float4_e2m1fn",
+}
+
+
+def numpy_dtype(element: Any) -> np.dtype:
+    """The NumPy (or ml_dtypes) type of an MLIR element type."""
+    name = str(element)
+    found = _NUMPY.get(name) or (f"uint{name[2:]}" if name.startswith("ui") else f"int{name[1:]}")
+    return np.dtype(jnp.dtype(found))
 
 
 def tensor_bytes(type_: Any) -> int:

@@ -1,0 +1,204 @@
+"""`dsjax export`: a model as StableHLO."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dsjax.cli.common import note, print_json
+from dsjax.config import Config, V4Config, load_config, read_json_object
+from dsjax.errors import InputError
+from dsjax.export.bundle import ProfileError, Request, export
+from dsjax.export.profile import names as profile_names
+from dsjax.export.program import PHASES, Exporter, Shape
+from dsjax.export.targets import TARGETS, find_target
+from dsjax.generate import CHUNK
+from dsjax.layout import ATTENTION, O_GROUPS, layout
+from dsjax.numerics import Numerics
+from dsjax.parallel import SPMD
+from dsjax.plan.placement import Model
+from dsjax.plan.placement import load_model as planned_model
+from dsjax.presets import PRESETS
+from dsjax.synth import synth_config, synthesise
+from sharding import Plan
+
+TOP_K = {"chlo": {}, "sort": {"top_k": "sort"}, "loop": {"top_k": "loop", "sort_assignments": "count"}}
+MOE = ("loop", "ragged", "dense")
+
+
+def _numbers(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
+_numbers.__name__ = "list of positive integers like 1,8"
+
+
+def _phases(text: str) -> list[str]:
+    found = text.split(",")
+    for phase in found:
+        if phase not in PHASES:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(PHASES)}, found {phase!r}")
+    return found
+
+
+def add_flags(p: argparse.ArgumentParser) -> None:
+    """What only this verb takes; `--mesh` and `--set` are added beside."""
+    p.add_argument("--model", required=True, metavar="DIR_OR_PRESET", help="a checkpoint, or a preset without weights")
+    p.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    p.add_argument(
+        "--phases", type=_phases, default=["prefill", "decode"], metavar="prefill,decode", help=", ".join(PHASES)
+    )
+    p.add_argument("--batch", type=_numbers, default=[1], metavar="1,8", help="slots, one program for each (default 1)")
+    p.add_argument("--length", type=_numbers, default=[4096], metavar="4096", help="positions, likewise (default 4096)")
+    p.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help=f"new tokens of a prefill (default {CHUNK})")
+    p.add_argument("--layers", type=int, metavar="N", help="of a preset: another depth")
+    p.add_argument("--target", choices=TARGETS, default="portable", help="how weights are seen (default portable)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="activations and cache (default bfloat16)")
+    p.add_argument("--numerics", choices=("plain", "native"), default="plain")
+    p.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention (V2, V3)")
+    p.add_argument("--kv", choices=("auto", "fp8", "bfloat16"), default="auto", help="native's keys (V3.2, V4)")
+    p.add_argument("--attention", choices=ATTENTION, default="heads", help="what ep splits attention by")
+    p.add_argument("--o-groups", choices=O_GROUPS, default="split", help="for V4 split more ways than it has groups")
+    p.add_argument("--spmd", choices=SPMD, default="manual", help="a program for each rank, or one with shardings")
+    p.add_argument("--topk", choices=TOP_K, default="chlo", help="how the largest are found; loop: no sort at all")
+    p.add_argument("--moe", choices=MOE, default="loop", help="how tokens are multiplied with their experts")
+    p.add_argument(
+        "--profile", metavar="NAME_OR_FILE", help=f"refuse what it does not take: {', '.join(profile_names())}"
+    )
+    p.add_argument(
+        "--stablehlo-version", metavar="V", help="of artifacts (default: the least that each module can have)"
+    )
+    p.add_argument("--blocks", action="store_true", help="also each named operator by itself")
+    p.add_argument("--weights", choices=("reference", "copy", "none"), help="default: reference; none for a preset")
+    p.add_argument("--synthetic-golden", action="store_true", help="of a preset: random weights and golden numbers")
+    p.add_argument("--seed", type=int, default=0, help="of the random weights")
+
+
+def _shapes(options: argparse.Namespace) -> list[Shape]:
+    found = []
+    for phase in options.phases:
+        for batch in options.batch:
+            for length in options.length:
+                tokens = min(options.chunk, length) if phase.endswith("prefill") else 1
+                found.append(Shape(phase, batch, tokens, length))
+    if len({shape.name for shape in found}) < len(found):
+        raise InputError("--phases, --batch, --length: expected each program once")
+    return found
+
+
+def choices_of(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that choose variants of operators."""
+    chosen = dict(TOP_K[options.topk])
+    if options.moe != "loop":
+        chosen["grouped_matmul"] = options.moe
+    if options.moe == "ragged" and options.target in ("w8a8", "w4a8"):
+        raise InputError(f"--moe ragged: expected float activations, found --target {options.target}")
+    return chosen
+
+
+def _numerics(options: argparse.Namespace) -> Numerics:
+    dtype = options.dtype or ("float32" if options.target == "float32" else "bfloat16")
+    return Numerics(options.numerics, dtype, options.mla, kv=options.kv, products="tiled")
+
+
+@contextmanager
+def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict[str, Any], Config]]:
+    """(folder with weights, config.json, config) of --model."""
+    settings = dict(options.settings)
+    folder = Path(options.model)
+    if options.model not in PRESETS:
+        if settings or options.layers or options.synthetic_golden:
+            raise InputError("--set, --layers, --synthetic-golden: expected with a preset, found a checkpoint folder")
+        config = load_config(options.model)
+        held = any(folder.glob("*.safetensors")) and options.weights != "none"
+        yield folder if held else None, read_json_object(folder / "config.json"), config
+        return
+    raw = synth_config(options.model, layers=options.layers, settings=settings)
+    with tempfile.TemporaryDirectory(prefix="dsjax-") as temporary:
+        made = Path(temporary) / "model"
+        if options.synthetic_golden:
+            note("dsjax: making random weights")
+            synthesise(made, raw, template=options.model, seed=options.seed)
+            yield made, raw, load_config(made)
+        else:
+            if options.weights in ("reference", "copy"):
+                raise InputError(f"--weights {options.weights}: expected a checkpoint folder, found a preset")
+            made.mkdir()
+            (made / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+            yield None, raw, load_config(made)
+
+
+def _model(folder: Path | None, name: str, config: Config, numerics: Numerics, weights: str) -> Model:
+    if folder is not None:
+        return replace(planned_model(str(folder), numerics, weights), name=name)
+    return Model(name, config, numerics.for_checkpoint(config, weights), weights)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`dsjax export`."""
+    target, choices, shapes = find_target(options.target), choices_of(options), _shapes(options)
+    numerics = _numerics(options)
+    with _checkpoint(options) as (folder, raw, config):
+        if options.o_groups != "split" and not isinstance(config, V4Config):
+            raise InputError(f"--o-groups {options.o_groups}: expected deepseek_v4, found {config.model_type}")
+        model = _model(folder, options.model, config, numerics, target.weights)
+        plan = options.mesh or Plan()
+        if options.spmd == "auto" and options.mesh is None:
+            raise InputError("--spmd auto: expected with --mesh, found no --mesh")
+        split = layout(config, plan, options.attention, model.numerics, options.o_groups)
+        exporter = Exporter(config, model.numerics, target, split, options.spmd, choices, model.stored)
+        weights = options.weights or ("none" if folder is None else "copy" if options.synthetic_golden else "reference")
+        request = Request(
+            options.model,
+            raw,
+            shapes,
+            options.stablehlo_version,
+            options.profile,
+            options.blocks,
+            weights,
+            folder,
+            "none" if folder is None else "synthetic" if options.synthetic_golden else "model",
+        )
+        try:
+            manifest = export(options.out, exporter, model, request, lambda line: note(f"dsjax: {line}"))
+        except ProfileError as e:
+            return _refused(options, e)
+    return _done(options, manifest, exporter.ranks)
+
+
+def _refused(options: argparse.Namespace, error: ProfileError) -> int:
+    lines: Sequence[str] = [str(violation) for violation in error.violations]
+    for line in lines:
+        note(f"dsjax: profile {options.profile}: {line}")
+    if options.json:
+        print_json({"bundle": None, "profile": options.profile, "violations": list(lines)})
+    return 1
+
+
+def _done(options: argparse.Namespace, manifest: dict[str, Any], ranks: int) -> int:
+    modules = [m for m in manifest["modules"] if m["kind"] == "model"]
+    blocks = len(manifest["modules"]) - len(modules)
+    size = sum(f["bytes"] for f in manifest["files"].values())
+    result = {
+        "bundle": str(options.out),
+        "modules": [m["name"] for m in modules],
+        "blocks": blocks,
+        "ranks": ranks,
+        "golden": manifest["golden"],
+        "bytes": size,
+        "minimum_stablehlo": manifest["stablehlo"]["minimum"],
+    }
+    if options.json:
+        print_json(result)
+    else:
+        print(f"{options.out}: {len(modules)} modules, {blocks} blocks, {size:,} bytes; see REPORT.md")
+    return 0

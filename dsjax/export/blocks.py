@@ -1,0 +1,179 @@
+"""Every named operator by itself: its function taken out of a program, and what it made of what it was given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxlib.mlir import ir
+
+from dsjax.export import artifact, golden
+from dsjax.export.inventory import operator_name
+from dsjax.export.loops import callee
+from dsjax.export.operations import numpy_dtype
+from dsjax.export.program import Program
+from dsjax.params import Tree
+from quant.operator import tapping
+
+if TYPE_CHECKING:
+    from dsjax.export.bundle import Writer
+
+MOST_BYTES = 64 << 20
+"""Inputs of a block are kept in files up to this size."""
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of an operator: what it was given and what it gave."""
+
+    operator: str
+    layer: int | None
+    inputs: list[np.ndarray]
+    outputs: list[np.ndarray]
+
+
+class Recorder:
+    """Keeps every operator's first call of each signature."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], Call] = {}
+        self._layer: int | None = None
+
+    def layer(self, number: int) -> None:
+        """What follows is of this layer."""
+        self._layer = number if number >= 0 else None
+
+    def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Keeps copies: the arrays are the runtime's."""
+        key = signature(operator, [(a.shape, a.dtype) for a in inputs], [(a.shape, a.dtype) for a in outputs])
+        if key not in self.calls:
+            self.calls[key] = Call(operator, self._layer, [a.copy() for a in inputs], [a.copy() for a in outputs])
+
+
+def signature(operator: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What tells blocks apart: the operator, and shapes and types of what it takes and gives."""
+    describe = lambda pairs: tuple((tuple(shape), np.dtype(dtype).name) for shape, dtype in pairs)  # noqa: E731
+    return operator, describe(inputs), describe(outputs)
+
+
+def functions(module: ir.Module) -> dict[str, Any]:
+    """The module's functions by name."""
+    return {str(op.operation.attributes["sym_name"]).strip('"'): op for op in module.body.operations}
+
+
+def extract(module: ir.Module, name: str) -> ir.Module:
+    """A module whose `main` is the function of that name, with the functions that it calls."""
+    known = functions(module)
+    wanted, waiting = {name}, [name]
+    while waiting:
+        for op in artifact.walk(known[waiting.pop()].operation):
+            if op.operation.name == "func.call" and (called := callee(op)) not in wanted:
+                wanted.add(called)
+                waiting.append(called)
+    copy = ir.Module.parse(str(module), module.context)
+    with copy.context:
+        for found, op in functions(copy).items():
+            if found == name:
+                op.operation.attributes["sym_name"] = ir.StringAttr.get("main")
+                op.operation.attributes["sym_visibility"] = ir.StringAttr.get("public")
+            elif found not in wanted:
+                op.operation.erase()
+    return copy
+
+
+def _typed(type_: Any) -> tuple[tuple[int, ...], np.dtype]:
+    tensor = ir.RankedTensorType(type_)
+    return tuple(tensor.shape), numpy_dtype(tensor.element_type)
+
+
+def export_blocks(writer: Writer, programs: Sequence[Program], params: Tree | None) -> None:
+    """Writes each operator of the programs once per signature: module, manifest entry, and goldens where there are
+    weights. Of sharded programs the operators of one device's program are written.
+
+    Args:
+      writer: of the bundle.
+      programs: in which operators are looked for.
+      params: loaded, or None.
+    """
+    seen: dict[tuple[Any, ...], str] = {}
+    counts: dict[str, int] = {}
+    for program in programs:
+        alone = program.exporter.whole.program(program.shape)
+        module = artifact.strip(alone.traced().compiler_ir("stablehlo"))
+        calls = {} if params is None else _record(alone, params)
+        for name, function in functions(module).items():
+            operator = operator_name(name)
+            if operator is None:
+                continue
+            type_ = ir.FunctionType(ir.TypeAttr(function.operation.attributes["function_type"]).value)
+            inputs, outputs = [_typed(t) for t in type_.inputs], [_typed(t) for t in type_.results]
+            key = signature(operator, inputs, outputs)
+            if key in seen:
+                continue
+            number = counts.get(operator, 0)
+            counts[operator] = number + 1
+            seen[key] = label = f"block-{operator}-{number}"
+            _write(writer, label, operator, extract(module, name), inputs, outputs, calls.get(key), program)
+
+
+def _record(program: Program, params: Tree) -> dict[tuple[Any, ...], Call]:
+    recorder = Recorder()
+    weights, inputs = golden.weights_of(program, params), golden.inputs_of(program, params)
+    with program.exporter.chosen(), tapping(recorder):
+        jax.block_until_ready(jax.jit(program.function, compiler_options=golden.options())(*weights, *inputs))
+    jax.effects_barrier()
+    return recorder.calls
+
+
+def _write(
+    writer: Writer,
+    label: str,
+    operator: str,
+    module: ir.Module,
+    inputs: list[Any],
+    outputs: list[Any],
+    call: Call | None,
+    program: Program,
+) -> None:
+    writer.module(label, module, artifact.minimum_version(module))
+    where = None
+    if call is not None and sum(a.nbytes for a in call.inputs + call.outputs) <= MOST_BYTES:
+        where = f"golden/{label}"
+        numbers = golden.Golden(
+            {f"in{i}": a for i, a in enumerate(call.inputs)}, {f"out{i}": a for i, a in enumerate(call.outputs)}
+        )
+        writer.golden(where, numbers, golden.block_tolerances(numbers.outputs))
+
+    def values(pairs: list[Any], kind: str, name: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": i,
+                "kind": kind,
+                "name": f"{name}{i}",
+                "shape": list(shape),
+                "dtype": dtype.name,
+                "global_shape": list(shape),
+                "slice": None,
+            }
+            for i, (shape, dtype) in enumerate(pairs)
+        ]
+
+    writer.modules.append(
+        {
+            "name": label,
+            "kind": "block",
+            "phase": program.shape.phase,
+            "batch": program.shape.batch,
+            "tokens": program.shape.tokens,
+            "length": program.shape.length,
+            "rank": None,
+            "function": "main",
+            "golden": where,
+            "operator": operator,
+            "arguments": values(inputs, "input", "in"),
+            "results": [{**v, "alias": None} for v in values(outputs, "output", "out")],
+        }
+    )

@@ -1,0 +1,322 @@
+"""A bundle: programs, what their arguments are, golden numbers and a report, in one folder that needs no Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxlib.mlir import ir
+
+from dsjax.checkpoint.load import load
+from dsjax.checkpoint.safetensors_writer import write_file
+from dsjax.errors import InputError
+from dsjax.export import artifact, golden, weights
+from dsjax.export.account import cost, memory
+from dsjax.export.blocks import export_blocks
+from dsjax.export.inventory import inventory
+from dsjax.export.lift import lift, mark_aliases, set_rank
+from dsjax.export.profile import Violation, check
+from dsjax.export.profile import load as load_profile
+from dsjax.export.program import Exporter, Program, Shape
+from dsjax.export.report import write_report
+from dsjax.export.signature import Value
+from dsjax.export.standalone import source as verify_source
+from dsjax.files import check_new_folder, new_folder
+from dsjax.params import Tree
+from dsjax.plan.placement import Model
+
+SCHEMA = 1
+
+LARGEST_CONSTANT = 1 << 16
+"""Bytes; weights are arguments, so nothing in a module is larger."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be in a bundle.
+
+    Attributes:
+      name: of the model: preset or folder.
+      raw: its config.json.
+      shapes: programs.
+      version: StableHLO's, of the artifacts; None for the lowest that each module can have.
+      profile: name, or None.
+      blocks: export each operator alone, too.
+      weights: "reference", "copy" or "none".
+      checkpoint: folder with weights; None without.
+      golden: "model", "synthetic" or "none".
+    """
+
+    name: str
+    raw: dict[str, Any]
+    shapes: Sequence[Shape]
+    version: str | None = None
+    profile: str | None = None
+    blocks: bool = False
+    weights: str = "none"
+    checkpoint: Path | None = None
+    golden: str = "none"
+
+
+class ProfileError(Exception):
+    """A program has what the profile does not allow; `violations` say what, where, and which switch removes it."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__(f"{len(violations)} violations")
+        self.violations = violations
+
+
+def _value(value: Value, index: int, rank: int | None, exporter: Exporter) -> dict[str, Any]:
+    bounds = None if rank is None else value.slice(rank, exporter.layout.rules.extents)
+    shape = list(value.spec.shape) if bounds is None else [stop - start for start, stop in bounds]
+    return {
+        "index": index,
+        "kind": value.kind,
+        "name": value.name,
+        "shape": shape,
+        "dtype": np.dtype(value.spec.dtype).name,
+        "global_shape": list(value.spec.shape),
+        "slice": bounds,
+    }
+
+
+def _entry(program: Program, name: str, rank: int | None, golden_path: str | None) -> dict[str, Any]:
+    exporter, shape = program.exporter, program.shape
+    results = [_value(v, i, rank, exporter) for i, v in enumerate(program.results)]
+    for result in results:
+        result["alias"] = program.aliases.get(result["index"])
+    return {
+        "name": name,
+        "kind": "model",
+        "phase": shape.phase,
+        "batch": shape.batch,
+        "tokens": shape.tokens,
+        "length": shape.length,
+        "rank": rank,
+        "function": "main",
+        "golden": golden_path,
+        "operator": None,
+        "arguments": [_value(v, i, rank, exporter) for i, v in enumerate(program.arguments)],
+        "results": results,
+    }
+
+
+def lowered(program: Program) -> ir.Module:
+    """The program as it is shipped, of rank `partition_id` where there are several.
+
+    Raises:
+      InputError: if it cannot be shipped: a custom call, a dynamic shape, a large constant, something of Shardy.
+    """
+    module = program.traced().compiler_ir("stablehlo")
+    if program.exporter.manual:
+        module = lift(module)
+    return mark_aliases(module, program.aliases, keep_shardings=program.exporter.spmd == "auto")
+
+
+def check_shippable(found: dict[str, Any], program: Program) -> None:
+    """Refuses what no bundle may have.
+
+    Raises:
+      InputError: naming it.
+    """
+    name = program.shape.name
+    if found["custom_calls"]:
+        raise InputError(f"{name}: expected no custom call, found {', '.join(found['custom_calls'])}")
+    if found["dynamic_shapes"]:
+        raise InputError(f"{name}: expected static shapes, found dynamic ones")
+    largest = found["largest_constant"]["bytes"]
+    if largest > LARGEST_CONSTANT:
+        raise InputError(f"{name}: expected constants of at most {LARGEST_CONSTANT} bytes, found one of {largest}")
+    foreign = sorted(op for op in found["operators"] if op.split(".")[0] not in ("stablehlo", "func", "chlo"))
+    if foreign and program.exporter.spmd == "manual":
+        raise InputError(f"{name}: expected StableHLO alone, found {', '.join(foreign)}")
+
+
+class Writer:
+    """Writes one bundle into a folder."""
+
+    def __init__(self, folder: Path, exporter: Exporter, request: Request, say: Callable[[str], None]) -> None:
+        self.folder, self.exporter, self.request, self.say = folder, exporter, request, say
+        self.modules: list[dict[str, Any]] = []
+        self.minimum: dict[str, str] = {}
+        self.inventories: dict[str, Any] = {}
+        self.violations: dict[str, list[Violation]] = {}
+        for name in ("modules", "golden"):
+            (folder / name).mkdir()
+
+    def json(self, name: str, content: Any) -> None:
+        """Writes a JSON file, the same bytes for the same content."""
+        (self.folder / name).write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+    def module(self, name: str, module: ir.Module, least: str) -> None:
+        """Writes a module as artifact and as text."""
+        version = self.request.version or least
+        (self.folder / "modules" / f"{name}.vhlo.bc").write_bytes(artifact.serialise(module, version))
+        (self.folder / "modules" / f"{name}.mlir").write_text(artifact.text(module), encoding="utf-8")
+        self.minimum[name] = least
+
+    def program(self, program: Program, params: Tree | None) -> None:
+        """Writes one phase: its modules, of every rank, and its goldens.
+
+        Raises:
+          ProfileError: if the profile does not allow it.
+        """
+        exporter, shape, request = self.exporter, program.shape, self.request
+        self.say(f"{shape.name}: lowering")
+        module = lowered(program)
+        found = inventory(module)
+        check_shippable(found, program)
+        if request.profile is not None:
+            violations = check(load_profile(request.profile), found)
+            self.violations[shape.name] = violations
+            if any(v.level == "refused" for v in violations):
+                raise ProfileError(violations)
+        stripped = artifact.strip(module)
+        least = artifact.minimum_version(stripped)
+        self.inventories[shape.name] = found
+        where = None
+        if params is not None:
+            self.say(f"{shape.name}: golden numbers")
+            where = f"golden/{shape.name}"
+            self.golden(where, golden.make(program, params))
+        if not exporter.manual:
+            self.module(shape.name, stripped, least)
+            self.modules.append(_entry(program, shape.name, None, where))
+        else:
+            for rank in range(exporter.ranks):
+                name = f"{shape.name}-rank{rank}"
+                copy = ir.Module.parse(str(stripped), stripped.context)
+                self.module(name, set_rank(copy, rank), least)
+                self.modules.append(_entry(program, name, rank, where))
+
+    def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any] | None = None) -> None:
+        """Writes golden inputs, outputs and what outputs may differ by."""
+        folder = self.folder / where
+        folder.mkdir()
+        write_file(folder / "inputs.safetensors", numbers.inputs)
+        write_file(folder / "outputs.safetensors", numbers.outputs)
+        bounds = tolerance or golden.tolerances(self.exporter, numbers.outputs)
+        (folder / "tolerance.json").write_text(json.dumps(bounds, indent=1) + "\n", encoding="utf-8")
+
+    def finish(self, programs: Sequence[Program], model: Model) -> dict[str, Any]:
+        """Writes everything else, the manifest last."""
+        # The draft module's program has the main model's parameters, too.
+        widest = next((p for p in programs if p.shape.phase.startswith("mtp")), programs[0])
+        arguments = self._parameters(widest)
+        total = sum(a["bytes"] for a in arguments)
+        self.json("params.json", {"schema": SCHEMA, "arguments": arguments, "bytes": total})
+        self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: _cache(p) for p in programs}})
+        self.json("inventory.json", {"schema": SCHEMA, "modules": self.inventories})
+        self.json("memory.json", {"schema": SCHEMA, "modules": {p.shape.name: memory(p, model) for p in programs}})
+        self.json("cost.json", {"schema": SCHEMA, "modules": {p.shape.name: cost(p, model) for p in programs}})
+        (self.folder / "verify.py").write_text(verify_source(), encoding="utf-8")
+        manifest = self._manifest()
+        doubts = [str(v) for found in self.violations.values() for v in found]
+        write_report(self.folder, manifest, sorted(set(doubts)))
+        manifest["files"] = {
+            str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+        self.json("manifest.json", manifest)
+        return manifest
+
+    def _parameters(self, program: Program) -> list[dict[str, Any]]:
+        request = self.request
+        if request.checkpoint is None or request.weights == "none":
+            return weights.describe(program)
+        self.say("parameters: reading" if request.weights == "reference" else "parameters: copying")
+        return weights.read(program, request.checkpoint, self.folder if request.weights == "copy" else None)
+
+    def _manifest(self) -> dict[str, Any]:
+        exporter, request = self.exporter, self.request
+        extents = exporter.layout.rules.extents
+        mesh = None
+        if exporter.ranks > 1:
+            axes = [[name, extent] for name, extent in extents.items()]
+            mesh = {"plan": str(exporter.layout.plan), "axes": axes, "ranks": exporter.ranks}
+        return {
+            "schema": SCHEMA,
+            "producer": {name: metadata.version(name) for name in ("dsjax", "jax", "jaxlib")},
+            "stablehlo": {"version": request.version, "minimum": self.minimum},
+            "model": {"name": request.name, "config": request.raw},
+            "target": exporter.target.name,
+            "numerics": exporter.numerics.mode,
+            "dtype": exporter.numerics.dtype,
+            "spmd": exporter.spmd,
+            "mesh": mesh,
+            "switches": {**exporter.target.choices, **exporter.choices},
+            "profile": request.profile,
+            "golden": request.golden,
+            "modules": self.modules,
+        }
+
+
+def _cache(program: Program) -> dict[str, Any]:
+    arguments = [
+        {
+            "index": i,
+            "name": v.name,
+            "shape": list(v.spec.shape),
+            "dtype": np.dtype(v.spec.dtype).name,
+            "bytes": v.nbytes,
+            "result": next(r for r, a in program.aliases.items() if a == i),
+        }
+        for i, v in enumerate(program.arguments)
+        if v.kind == "cache"
+    ]
+    rule = (
+        "donated: each result takes the memory of its argument. Arrays are [layers, slots, places, width], but for "
+        "lengths [slots]. length[b] is the only truth about positions: roll back k tokens by subtracting k; an empty "
+        "sequence has length 0, whatever the other arrays hold."
+    )
+    return {"arguments": arguments, "bytes": sum(a["bytes"] for a in arguments), "rule": rule}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def export(
+    out: Path, exporter: Exporter, model: Model, request: Request, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Writes a bundle, whole or not at all.
+
+    Args:
+      out: a folder that is not there yet.
+      exporter: what the model is exported as.
+      model: the same for the planner.
+      request: what is to be in it.
+      say: progress, a line at a time.
+
+    Returns:
+      Its manifest.
+
+    Raises:
+      InputError: for anything in the way.
+      ProfileError: if a program has what the profile does not allow.
+    """
+    check_new_folder(out)
+    programs = [exporter.program(shape) for shape in request.shapes]
+    params: Tree | None = None
+    if request.golden != "none":
+        assert request.checkpoint is not None
+        mtp = any(shape.phase.startswith("mtp") for shape in request.shapes)
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        cut = lambda row, held: exporter.layout.held(row, held, exporter.config)  # noqa: E731
+        _, params, _ = load(request.checkpoint, weights=exporter.target.weights, mtp=mtp, sharding=single, cut=cut)
+    with new_folder(out) as folder:
+        writer = Writer(folder, exporter, request, say)
+        for program in programs:
+            writer.program(program, params)
+        if request.blocks:
+            export_blocks(writer, programs, params)
+        return writer.finish(programs, model)

@@ -1,0 +1,130 @@
+"""Golden inputs and outputs: what the model itself, jitted for the platform that is there, makes of real tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.backend import compiler_options
+from dsjax.config import V4Config
+from dsjax.export.program import Exporter, Program, Shape, step_of
+from dsjax.export.signature import parameters
+from dsjax.models import family
+from dsjax.params import Tree
+
+SEED = 7
+
+Arrays = dict[str, np.ndarray]
+"""By the name of an argument or a result, as files hold them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A program's inputs but for its parameters, and its results, of all ranks together."""
+
+    inputs: Arrays
+    outputs: Arrays
+
+
+def weights_of(program: Program, params: Tree) -> list[jax.Array]:
+    """Loaded parameters as the program's first arguments."""
+    exporter = program.exporter
+    held = exporter.held(params)
+    wanted = {value.name for value in program.arguments}
+    specs = exporter.layout.param_specs(held, exporter.config)
+    values = [value for _, _, value in parameters(held, specs, exporter.config, exporter.target)]
+    pairs = zip(values, jax.tree.leaves(held), strict=True)
+    return [value.leave(leaf) for value, leaf in pairs if value.name in wanted]
+
+
+def _fed(exporter: Exporter, params: Tree, shape: Shape) -> tuple[Any, Any, np.ndarray, np.ndarray]:
+    """(cache, hidden of the last step, tokens fed, how many): what a program of this shape may be called on.
+
+    Slots are fed different numbers of tokens, the first as many as leave room for the program's own.
+    """
+    config, numerics = exporter.config, exporter.numerics
+    room = max(shape.length - shape.tokens, 0)
+    first = 0 if shape.phase.startswith("prefill") else min(room, max(3 * shape.length // 4, 1))
+    counts = np.array([max(first - 3 * slot, 0) for slot in range(shape.batch)], np.int32)
+    random = np.random.default_rng(SEED)
+    tokens = random.integers(0, config.vocab_size, (shape.batch, max(first, 1)), dtype=np.int32)
+    cache = family(config).new_cache(config, numerics, shape.batch, shape.length)
+    step = jax.jit(step_of(exporter.whole, "decode"), compiler_options=options())
+    with exporter.chosen():
+        _, hidden, cache = step(params, cache, jnp.asarray(tokens), jnp.asarray(counts))
+    return cache, hidden, tokens, counts
+
+
+def options() -> dict[str, Any]:
+    """Of the compiler that is there."""
+    return compiler_options(jax.default_backend())
+
+
+def inputs_of(program: Program, params: Tree) -> list[jax.Array]:
+    """Caches and inputs, on which the program does what it does in a run: sequences of different lengths, padding."""
+    exporter, shape = program.exporter, program.shape
+    config, numerics = exporter.config, exporter.numerics
+    random = np.random.default_rng(SEED + 1)
+    new = random.integers(0, config.vocab_size, (shape.batch, shape.tokens), dtype=np.int32)
+    counts = np.array([max(shape.tokens - 3 * slot, min(slot, 1)) for slot in range(shape.batch)], np.int32)
+    held = exporter.held(params)
+    if shape.phase.startswith("mtp"):
+        cache, hidden, _, _ = _fed(exporter, held, dataclasses.replace(shape, phase="prefill"))
+        cache = family(config).new_cache(config, numerics, shape.batch, shape.length, draft=True)
+        value = next(v for v in program.arguments if v.name == "hidden")
+        wide = jnp.resize(hidden, value.spec.shape)
+        given = [*jax.tree.leaves(cache), wide, jnp.asarray(new), jnp.asarray(counts)]
+    else:
+        given = [*jax.tree.leaves(_fed(exporter, held, shape)[0]), jnp.asarray(new), jnp.asarray(counts)]
+    values = [v for v in program.arguments if v.kind != "param"]
+    return [value.leave(a) for value, a in zip(values, given, strict=True)]
+
+
+def make(program: Program, params: Tree) -> Golden:
+    """Runs the model on inputs that are made for it.
+
+    Args:
+      params: loaded, as `checkpoint.load` gives them.
+    """
+    exporter = program.exporter.whole
+    weights, inputs = weights_of(program, params), inputs_of(program, params)
+    single = exporter.program(program.shape)
+    with exporter.chosen():
+        results = jax.jit(single.function, compiler_options=options())(*weights, *inputs)
+    others = [v for v in program.arguments if v.kind != "param"]
+    return Golden(
+        {v.name: np.asarray(a) for v, a in zip(others, inputs, strict=True)},
+        {v.name: np.asarray(a) for v, a in zip(program.results, results, strict=True)},
+    )
+
+
+def tolerances(exporter: Exporter, outputs: Arrays) -> dict[str, Any]:
+    """What a whole program's results may differ by, relative to the largest, and why."""
+    v4 = isinstance(exporter.config, V4Config)
+    if exporter.numerics.native:
+        strict, reason = None, "native rounds to FP8 at every layer, where one code more or less grows: judge by block"
+    elif exporter.numerics.activations != "float":
+        strict, reason = 0.05, "INT8 activations: another order of sums moves a code by one"
+    elif exporter.numerics.dtype == "bfloat16":
+        strict, reason = 0.05, "bfloat16 activations: another order of sums moves a rounding"
+    else:
+        strict = 2e-5 if v4 else 1e-5
+        reason = "float32: the order of sums moves V4's logits by up to 7e-6, others' by less"
+    return {name: {"strict": strict, "reason": reason} for name in outputs}
+
+
+def block_tolerances(outputs: Arrays) -> dict[str, Any]:
+    """The same of one operator on equal inputs."""
+    found: dict[str, Any] = {}
+    for name, array in outputs.items():
+        if array.dtype == np.float32:
+            found[name] = {"strict": 1e-5, "reason": "float32: the order of sums"}
+        elif array.dtype == jnp.bfloat16:
+            found[name] = {"strict": 2.0**-7, "reason": "bfloat16: one rounding more or less"}
+        else:
+            found[name] = {"strict": 1e-2, "reason": "integers: the share that may differ, by sums next to a rounding"}
+    return found
