@@ -232,6 +232,17 @@ def serialise(module: ir.Module, version: str) -> bytes:
     raise InputError(f"StableHLO {version}: expected operations of that version, found {fault}; needs {needed}")
 
 
+def of_rank(stripped_text: str, version: str, rank: int) -> tuple[str, bytes]:
+    """(text, artifact) of one rank's program, from the text of the stripped program of all and a version that fits.
+
+    A rank's number is a constant in it and nothing else differs: ranks need not be stripped and checked one by one.
+    """
+    text_ = stripped_text.replace(
+        "stablehlo.partition_id : tensor<ui32>", f"stablehlo.constant dense<{rank}> : tensor<ui32>"
+    )
+    return text_, serialize_portable_artifact(text_, version, False)
+
+
 def _fault(stripped: ir.Module, complaint: str, version: str) -> str:
     """The illegal operation, the function it is, and the element types that the version does not know."""
     illegal = _ILLEGAL.search(complaint)

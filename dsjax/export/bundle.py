@@ -21,7 +21,7 @@ from dsjax.export import artifact, golden, weights
 from dsjax.export.account import cost, memory
 from dsjax.export.blocks import export_blocks
 from dsjax.export.inventory import inventory
-from dsjax.export.lift import lift, mark_aliases, set_rank
+from dsjax.export.lift import lift, mark_aliases
 from dsjax.export.profile import Violation, check
 from dsjax.export.profile import load as load_profile
 from dsjax.export.program import Exporter, Program, Shape
@@ -157,9 +157,12 @@ class Writer:
 
     def module(self, name: str, module: ir.Module, least: str) -> None:
         """Writes a module as artifact and as text."""
-        version = self.request.version or least
-        (self.folder / "modules" / f"{name}.vhlo.bc").write_bytes(artifact.serialise(module, version))
-        (self.folder / "modules" / f"{name}.mlir").write_text(artifact.text(module), encoding="utf-8")
+        portable = artifact.serialise(module, self.request.version or least)
+        self._files(name, artifact.text(module), portable, least)
+
+    def _files(self, name: str, text: str, portable: bytes, least: str) -> None:
+        (self.folder / "modules" / f"{name}.vhlo.bc").write_bytes(portable)
+        (self.folder / "modules" / f"{name}.mlir").write_text(text, encoding="utf-8")
         self.minimum[name] = least
 
     def program(self, program: Program, params: Tree | None) -> None:
@@ -179,7 +182,7 @@ class Writer:
             if any(v.level == "refused" for v in violations):
                 raise ProfileError(violations)
         stripped = artifact.strip(module)
-        least = artifact.minimum_version(stripped)
+        least = found["minimum_version"]
         self.inventories[shape.name] = found
         where = None
         if params is not None:
@@ -190,10 +193,10 @@ class Writer:
             self.module(shape.name, stripped, least)
             self.modules.append(_entry(program, shape.name, None, where))
         else:
+            text = artifact.text(stripped)
             for rank in range(exporter.ranks):
                 name = f"{shape.name}-rank{rank}"
-                copy = ir.Module.parse(str(stripped), stripped.context)
-                self.module(name, set_rank(copy, rank), least)
+                self._files(name, *artifact.of_rank(text, request.version or least, rank), least)
                 self.modules.append(_entry(program, name, rank, where))
 
     def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any] | None = None) -> None:
@@ -211,7 +214,10 @@ class Writer:
         widest = next((p for p in programs if p.shape.phase.startswith("mtp")), programs[0])
         arguments = self._parameters(widest)
         total = sum(a["bytes"] for a in arguments)
-        self.json("params.json", {"schema": SCHEMA, "arguments": arguments, "bytes": total})
+        held = [a["checkpoint_bytes"] for a in arguments]
+        stored = None if None in held else sum(held)
+        content = {"schema": SCHEMA, "bytes": total, "checkpoint_bytes": stored, "arguments": arguments}
+        self.json("params.json", content)
         self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: _cache(p) for p in programs}})
         self.json("inventory.json", {"schema": SCHEMA, "modules": self.inventories})
         self.json("memory.json", {"schema": SCHEMA, "modules": {p.shape.name: memory(p, model) for p in programs}})

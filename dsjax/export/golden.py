@@ -36,7 +36,7 @@ def weights_of(program: Program, params: Tree) -> list[jax.Array]:
     held = exporter.held(params)
     wanted = {value.name for value in program.arguments}
     specs = exporter.layout.param_specs(held, exporter.config)
-    values = [value for _, _, value in parameters(held, specs, exporter.config, exporter.target)]
+    values = [value for _, _, value in parameters(held, specs, exporter.config, exporter.target, exporter.stored)]
     pairs = zip(values, jax.tree.leaves(held), strict=True)
     return [value.leave(leaf) for value, leaf in pairs if value.name in wanted]
 

@@ -8,8 +8,6 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import sdy  # noqa: F401 (registers the dialect that is lifted from)
 
-from dsjax.export.artifact import walk
-
 _SHARDING = ("sdy.sharding", "mhlo.sharding", "jax.buffer_donor", "tf.aliasing_output")
 
 
@@ -75,21 +73,6 @@ def lift(module: ir.Module) -> ir.Module:
 
 def _main(module: ir.Module) -> Any:
     return next(op for op in module.body.operations if str(op.operation.attributes["sym_name"]) == '"main"')
-
-
-def set_rank(module: ir.Module, rank: int) -> ir.Module:
-    """Replaces every `stablehlo.partition_id` by a constant, in place: the program of that rank alone."""
-    with module.context, ir.Location.unknown():
-        for op in list(walk(module.operation)):
-            if op.operation.name == "stablehlo.partition_id":
-                type_ = op.results[0].type
-                value = ir.DenseElementsAttr.get_splat(type_, ir.IntegerAttr.get(ir.IntegerType.get_unsigned(32), rank))
-                constant = ir.Operation.create(
-                    "stablehlo.constant", results=[type_], attributes={"value": value}, ip=ir.InsertionPoint(op)
-                )
-                op.results[0].replace_all_uses_with(constant.results[0])
-                op.operation.erase()
-    return module
 
 
 def mark_aliases(module: ir.Module, aliases: Mapping[int, int], *, keep_shardings: bool = False) -> ir.Module:

@@ -169,8 +169,8 @@ class Program:
         config, layout, mtp = exporter.config, exporter.layout, shape.phase.startswith("mtp")
         self.params, self.cache = exporter.params(mtp), exporter.cache(shape)
         param_specs, cache_specs = layout.param_specs(self.params, config), layout.cache_specs(self.cache)
-        self.rows = [(row, part) for row, part, _ in parameters(self.params, param_specs, config, exporter.target)]
-        weights = [value for _, _, value in parameters(self.params, param_specs, config, exporter.target)]
+        found = list(parameters(self.params, param_specs, config, exporter.target, exporter.stored))
+        self.rows, weights = [(row, part) for row, part, _ in found], [value for _, _, value in found]
         held = caches(self.cache, cache_specs)
 
         def whole(kind: str, name: str, a: Any, split: PartitionSpec = EVERYWHERE) -> Value:

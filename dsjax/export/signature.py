@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 
 from dsjax.config import Config
 from dsjax.export.targets import Target
-from dsjax.params import Row, Tree, leaves
-from quant import E2M1, E4M3, E8M0, FORMATS, QArray
+from dsjax.params import VECTOR, Path, Row, Stored, Tree, leaves, official_storage
+from quant import BF16, E2M1, E4M3, E8M0, FORMATS, QArray
 
 Slice = list[list[int]]
 """[start, stop] of every axis."""
@@ -42,21 +42,22 @@ class Value:
     partition: PartitionSpec
 
     @property
+    def file(self) -> jax.ShapeDtypeStruct:
+        """As it is in files, and hashed: of the program's type, but for 4-bit elements, two of which are a byte."""
+        return self.held if self.spec.dtype == E2M1.dtype else self.spec
+
+    @property
     def nbytes(self) -> int:
-        """Of the global array, as it is stored: two 4-bit elements share a byte."""
-        return math.prod(self.held.shape) * self.held.dtype.itemsize
+        """Of the global array in a file."""
+        return math.prod(self.file.shape) * self.file.dtype.itemsize
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """The argument as the step takes it: the same bits."""
+        """The argument as the step takes it: the same bits, or a vector in bfloat16 widened."""
         return _reinterpret(x, self.held)
 
     def leave(self, x: jax.Array) -> jax.Array:
-        """The step's array as the result: the same bits."""
+        """What `enter` makes this of, and the step's array as the result."""
         return _reinterpret(x, self.spec)
-
-    def stored(self, x: np.ndarray) -> np.ndarray:
-        """A held array as it is written to files and hashed: of the program's type, 4-bit elements as bytes."""
-        return x if self.spec.dtype == E2M1.dtype else x.view(self.spec.dtype)
 
     def slice(self, rank: int, extents: Mapping[str, int]) -> Slice | None:
         """The rank's part of the global array; None for all of it. Ranks count along axes, the last fastest."""
@@ -77,6 +78,8 @@ def _reinterpret(x: jax.Array, wanted: Any) -> jax.Array:
     """Bits as another type; two 4-bit elements are a byte."""
     if x.dtype == wanted.dtype:
         return x
+    if {x.dtype, wanted.dtype} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
+        return x.astype(wanted.dtype)
     if x.dtype == E2M1.dtype:
         x = x.reshape(*x.shape[:-1], -1, 2)
     found = lax.bitcast_convert_type(x, wanted.dtype)
@@ -92,12 +95,18 @@ def _spec(held: jax.ShapeDtypeStruct, fmt: str | None, target: Target) -> jax.Sh
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def parameters(params: Tree, specs: Tree, config: Config, target: Target) -> Iterator[tuple[Row, str, Value]]:
+def parameters(
+    params: Tree, specs: Tree, config: Config, target: Target, stored: Mapping[Path, Stored] | None = None
+) -> Iterator[tuple[Row, str, Value]]:
     """(row, "codes" or "scales" or "", value) of every array, in the order of `jax.tree.leaves(params)`.
+
+    Vectors that are bfloat16 in the checkpoint are arguments of that type, though the step takes float32: their bytes
+    are then the file's.
 
     Args:
       params: shapes or arrays.
       specs: PartitionSpecs (`Layout.param_specs`).
+      stored: how rows are stored in the checkpoint; the official way if None.
     """
     rows = {row.path: row for row, _ in leaves(params, config)}
 
@@ -110,7 +119,10 @@ def parameters(params: Tree, specs: Tree, config: Config, target: Target) -> Ite
         row, part = rows[keys], parts[keys]
         if not isinstance(leaf, QArray):
             held = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            yield row, "", Value("param", ".".join(keys), held, held, part)
+            file = stored[keys] if stored else official_storage(row, config)
+            narrow = row.storage == VECTOR and file.format == BF16.name
+            spec = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) if narrow else held
+            yield row, "", Value("param", ".".join(keys), spec, held, part)
             continue
         arrays: list[tuple[str, Any, Any, str | None]] = [("codes", leaf.codes, part.codes, leaf.format.name)]
         if leaf.scales is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from dsjax.checkpoint.agreement import agree
@@ -23,7 +24,7 @@ from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
 from dsjax.export.program import Program
 from dsjax.export.signature import E4M3_OF_E2M1, Value
-from dsjax.params import Row, Stored, official_storage, resident, table
+from dsjax.params import INTEGER, Row, Stored, official_storage, resident, table
 from quant import E2M1
 
 COPY = "params/params.safetensors"
@@ -63,6 +64,7 @@ def _described(parameter: Parameter, program: Program, held: Stored) -> dict[str
         "dtype": np.dtype(value.spec.dtype).name,
         "scheme": scheme,
         "bytes": value.nbytes,
+        "checkpoint_bytes": None,
         "sha256": None,
         "slices": slices if slices and any(slices.values()) else None,
         "copy": None,
@@ -122,6 +124,8 @@ def _stream(reader: Reader, parameter: Parameter, held: Stored, expand: bool, si
         reader.fill(parameter.row, part, region, piece)
         if expand:
             piece = E4M3_OF_E2M1[np.stack([piece & 0xF, piece >> 4], axis=-1)]
+        if (value.held.dtype, value.spec.dtype) == (np.float32, ml_dtypes.bfloat16):
+            piece = piece.astype(ml_dtypes.bfloat16)  # as it was in the file
         for sink in sinks:
             sink(piece.reshape(-1).view(np.uint8).data)
 
@@ -130,7 +134,14 @@ def describe(program: Program) -> list[dict[str, Any]]:
     """params.json's arguments of a model without weights."""
     exporter = program.exporter
     held = _held(program, exporter.stored)
-    return [_described(p, program, held(p.row)[1]) for p in parameters_of(program)]
+    found = []
+    for parameter in parameters_of(program):
+        entry = _described(parameter, program, held(parameter.row)[1])
+        if exporter.target.weights == "stored" and not exporter.target.expand_fp4:
+            ids = parameter.row.storage == INTEGER  # int64 in files
+            entry["checkpoint_bytes"] = entry["bytes"] * (2 if ids else 1)
+        found.append(entry)
+    return found
 
 
 def _held(program: Program, stored: Any) -> Callable[[Row], tuple[Stored, Stored]]:
@@ -172,6 +183,7 @@ def read(program: Program, folder: FilePath, out: FilePath | None) -> list[dict[
                 _stream(reader, parameter, kept, expand, sinks)
                 entry["sha256"] = digest.hexdigest()
                 entry["sources"] = [_source(t, folder) for t in tensors]
+                entry["checkpoint_bytes"] = sum(t.nbytes for t in tensors)
                 entry["recipe"] = _recipe(parameter, tensors, base, kept, expand)
                 if out is not None:
                     entry["copy"] = {"file": COPY, "tensor": parameter.value.name}
@@ -208,6 +220,4 @@ class _Copy:
 
 
 def _file_spec(value: Value) -> Spec:
-    """A value in a safetensors file; FP4 as bytes of two codes."""
-    spec = value.held if value.spec.dtype == E2M1.dtype else value.spec
-    return Spec(value.name, np.dtype(spec.dtype), tuple(spec.shape))
+    return Spec(value.name, np.dtype(value.file.dtype), tuple(value.file.shape))
