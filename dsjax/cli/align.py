@@ -10,19 +10,28 @@ from typing import Any
 from dsjax.align import compare
 from dsjax.align.inputs import read_results
 from dsjax.align.plot import html_page
+from dsjax.align.run import Configuration, random_tokens, tapped
 from dsjax.align.show import report_plot, report_text
-from dsjax.cli.common import print_json
+from dsjax.cli.common import checkpoint_config, numerics_of, print_json
+from dsjax.cli.prompts import read_tokens
 from dsjax.errors import InputError
 from dsjax.export.standalone.verify import GATES, STRICT, passes, plain, positive
 from dsjax.files import check_new_file, new_file
+from dsjax.generate import check_ids
 
 _SIDE = "results: .safetensors, .npz, .npy (logits), or a folder of goldens' results"
 
 
 def add_flags(p: argparse.ArgumentParser) -> None:
     """What only this verb takes."""
-    p.add_argument("reference", type=Path, metavar="REFERENCE", help=_SIDE)
-    p.add_argument("candidate", type=Path, metavar="CANDIDATE", help="the same, to be judged")
+    p.add_argument("reference", type=Path, nargs="?", metavar="REFERENCE", help=_SIDE)
+    p.add_argument("candidate", type=Path, nargs="?", metavar="CANDIDATE", help="the same, to be judged")
+    p.add_argument("--model", type=Path, metavar="DIR", help="instead: run a checkpoint in two configurations")
+    p.add_argument(
+        "--against", metavar="native|int8|top_k=loop|...", help="what differs in the second, comma-separated"
+    )
+    p.add_argument("--tokens", type=Path, metavar="FILE", help="int [B, T], .npy or .json (default: random ones)")
+    p.add_argument("--length", type=int, default=16, metavar="N", help="of the random tokens (default 16)")
     p.add_argument("--bound", type=positive, default=0.05, help="of the first verdict (default 0.05)")
     p.add_argument("--strict", type=positive, default=STRICT, help="of the second (default 1e-5)")
     p.add_argument("--gate", choices=GATES, default="bound", help="which verdict the exit status is")
@@ -64,8 +73,32 @@ def give_report(options: argparse.Namespace, report: dict[str, Any], title: str)
 def align(options: argparse.Namespace) -> int:
     """`dsjax align`."""
     _check_outputs(options)
+    given = (options.reference, options.candidate)
+    if options.model is not None:
+        if any(given) or not options.against:
+            raise InputError("--model: expected with --against and without files, found otherwise")
+        return _two_configurations(options)
+    if None in given or options.against:
+        raise InputError("align: expected REFERENCE and CANDIDATE, or --model and --against")
     reference, candidate = read_results(options.reference), read_results(options.candidate)
     report = compare(reference, candidate, bound=options.bound, strict=options.strict, common=options.common)
     names = {"reference": str(options.reference), "candidate": str(options.candidate)}
     title = f"{options.candidate.name} against {options.reference.name}"
     return give_report(options, names | {"gate": options.gate} | report, title)
+
+
+def _two_configurations(options: argparse.Namespace) -> int:
+    """`--model DIR --against X`: every operator of both, in order."""
+    config = checkpoint_config(options.model)
+    if options.tokens is None and not 1 <= options.length <= config.max_position_embeddings:
+        raise InputError(f"--length {options.length}: expected 1 to {config.max_position_embeddings}")
+    tokens = random_tokens(config, options.length) if options.tokens is None else read_tokens(options.tokens)
+    for i, row in enumerate(tokens.tolist()):
+        check_ids(row, config, f"{options.tokens}: row {i}")
+    first = Configuration(numerics_of(options), options.weights)
+    second = first.but(options.against)
+    reference, candidate = (tapped(options.model, c, tokens) for c in (first, second))
+    report = compare(reference, candidate, bound=options.bound, strict=options.strict, common=True)
+    about = {"model": str(options.model), "against": options.against, "tokens": list(tokens.shape)}
+    title = f"{options.model.name}: {options.against} against {options.numerics}"
+    return give_report(options, about | {"gate": options.gate} | report, title)

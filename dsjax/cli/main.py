@@ -181,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
     add_align_flags(p)
+    _numerics_flags(p)
     p.set_defaults(run=align)
 
     p = commands.add_parser("generate", parents=[common], help="continue prompts")
@@ -255,7 +256,8 @@ def _join(options: argparse.Namespace) -> Group | None:
     Raises:
       InputError: naming the flag, or the process.
     """
-    if options.run in (verbs.synth, verbs.inspect, convert, align, export) and not options.platform:
+    quiet = options.run in (verbs.synth, verbs.inspect, convert, export) or (options.run is align and not options.model)
+    if quiet and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
     if options.platform:
         jax.config.update("jax_platforms", options.platform)
