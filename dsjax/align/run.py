@@ -83,7 +83,8 @@ class _Keeper:
         self._layer = number if number >= 0 else None
 
     def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
-        found = (Tap(self._calls, self._layer, operator, i, a.copy()) for i, a in enumerate(outputs))
+        bits = (a.view(jnp.bfloat16) if a.dtype == np.uint16 else a for a in outputs)  # as caches hold bfloat16
+        found = (Tap(self._calls, self._layer, operator, i, a.copy()) for i, a in enumerate(bits))
         self.taps.extend(found)
         self._calls += 1
 
@@ -115,6 +116,18 @@ def tapped(folder: Path, configuration: Configuration, tokens: np.ndarray) -> di
         logits = np.asarray(compiled(params, cache, jnp.asarray(tokens), counts))
     jax.effects_barrier()
     return {**arrays(keeper.taps), "logits": logits}
+
+
+def same_kind(reference: dict[str, np.ndarray], candidate: dict[str, np.ndarray]) -> list[str]:
+    """Drops what the two hold in different forms, such as cached rows as codes and as numbers; the dropped names."""
+
+    def form(array: np.ndarray) -> tuple[object, ...]:
+        return array.shape, jnp.issubdtype(array.dtype, jnp.floating)
+
+    dropped = [n for n in reference if n in candidate and form(reference[n]) != form(candidate[n])]
+    for name in dropped:
+        del reference[name], candidate[name]
+    return dropped
 
 
 def random_tokens(config: Config, length: int, seed: int = 0) -> np.ndarray:

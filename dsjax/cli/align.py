@@ -10,9 +10,9 @@ from typing import Any
 from dsjax.align import compare
 from dsjax.align.inputs import read_results
 from dsjax.align.plot import html_page
-from dsjax.align.run import Configuration, random_tokens, tapped
+from dsjax.align.run import Configuration, random_tokens, same_kind, tapped
 from dsjax.align.show import report_plot, report_text
-from dsjax.cli.common import checkpoint_config, numerics_of, print_json
+from dsjax.cli.common import checkpoint_config, note, numerics_of, print_json
 from dsjax.cli.prompts import read_tokens
 from dsjax.errors import InputError
 from dsjax.export.standalone.verify import GATES, STRICT, passes, plain, positive
@@ -98,6 +98,8 @@ def _two_configurations(options: argparse.Namespace) -> int:
     first = Configuration(numerics_of(options), options.weights)
     second = first.but(options.against)
     reference, candidate = (tapped(options.model, c, tokens) for c in (first, second))
+    if dropped := same_kind(reference, candidate):
+        note(f"dsjax: held in different forms, not compared: {', '.join(dropped)}")
     report = compare(reference, candidate, bound=options.bound, strict=options.strict, common=True)
     about = {"model": str(options.model), "against": options.against, "tokens": list(tokens.shape)}
     title = f"{options.model.name}: {options.against} against {options.numerics}"
