@@ -1,0 +1,277 @@
+"""dsjax export: what is in a bundle, and that its programs compute what the model computes."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers_export import TWINS, export_twin, twin_flags
+
+from dsjax.cli.main import main
+from dsjax.config import load_config
+from dsjax.export.artifact import deserialise, text
+from dsjax.export.consumers.jax import JaxConsumer
+from dsjax.export.inventory import inventory
+from dsjax.export.standalone.arrays import read_safetensors
+from dsjax.export.verify import verify
+from dsjax.params.accounting import _stored_bytes, is_mtp, table
+
+TARGETS = ("typed", "portable", "bfloat16", "w8a8")
+
+
+def _json(bundle: Path, name: str) -> Any:
+    return json.loads((bundle / name).read_text())
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(a.values()) for name, a in read_safetensors(path)[0].items()}
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Portable, float32, with blocks and the draft module."""
+    out = tmp_path_factory.mktemp("v3") / "bundle"
+    export_twin(out, "deepseek-v3", "--dtype", "float32", "--blocks", "--phases", "prefill,decode,mtp")
+    return out
+
+
+def _cases() -> list[Any]:
+    """Every family in every target, plain and native where there is FP8; a few of them each time."""
+    few = {
+        ("deepseek-v3", "typed", "plain"),
+        ("deepseek-v3.2", "portable", "native"),
+        ("deepseek-v4-flash", "typed", "native"),
+        ("deepseek-v4-pro", "portable", "plain"),
+        ("deepseek-v4-flash", "w8a8", "plain"),
+        ("deepseek-r1-distill-qwen-1.5b", "bfloat16", "plain"),
+    }
+    found = []
+    for preset in TWINS:
+        for target in (*TARGETS, "typed-fp8", "float16", "w4a8"):
+            for numerics in ("plain", "native"):
+                if numerics == "native" and (target not in ("typed", "typed-fp8", "portable") or "distill" in preset):
+                    continue
+                marks = [] if (preset, target, numerics) in few else [pytest.mark.full]
+                found.append(pytest.param(preset, target, numerics, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("preset", "target", "numerics"), _cases())
+def test_bundle_gives_the_jitted_models_bits(tmp_path: Path, preset: str, target: str, numerics: str) -> None:
+    """XLA:CPU, from the bundle's files, against the model under `jax.jit`: the same bits."""
+    bundle = tmp_path / "bundle"
+    export_twin(bundle, preset, "--target", target, "--numerics", numerics, "--batch", "2")
+    given = tmp_path / "given"
+    report = verify(bundle, ["jax"], out=given)
+    assert report["passed"], report
+    for golden in (bundle / "golden").iterdir():
+        expected, found = (_arrays(folder / "outputs.safetensors") for folder in (golden, given / golden.name))
+        assert expected.keys() == found.keys() and "logits" in expected
+        for name, array in expected.items():
+            assert array.tobytes() == found[name].tobytes(), (golden.name, name)
+
+
+def test_every_block_has_goldens_and_gives_them(v3: Path) -> None:
+    blocks = [m for m in _json(v3, "manifest.json")["modules"] if m["kind"] == "block"]
+    assert {m["operator"] for m in blocks} >= {"rms_norm", "rope", "mla", "moe_gate", "grouped_matmul", "block_scaled_dot"}
+    assert all(m["golden"] for m in blocks)
+    report = verify(v3, ["jax"], modules="block-*")
+    assert report["passed"] and len(report["programs"]) == len(blocks)
+
+
+@pytest.mark.parametrize("consumer", ["interpreter", pytest.param("iree", marks=pytest.mark.verify)])
+def test_independent_consumers_agree_on_plain_float32(v3: Path, consumer: str) -> None:
+    """The gate: 1e-5 of the largest, whole programs."""
+    report = verify(v3, [consumer], modules="decode-*")
+    assert report["passed"], report
+    assert {found[consumer]["state"] for found in report["programs"].values()} == {"agreed"}
+
+
+def test_named_operators_are_as_many_as_the_model_has(v3: Path) -> None:
+    """Two layers, one dense and one of experts: counted by hand from the architecture."""
+    named = _json(v3, "inventory.json")["modules"]["decode-b1-s32"]["named"]
+    layers = 2
+    per_layer = 5  # q_a, q_b, kv_a, o; kv_b is part of mla
+    assert named["mla"]["executed"] == layers and named["moe_gate"]["executed"] == named["grouped_matmul"]["executed"] == 1
+    assert named["rms_norm"]["executed"] == 4 * layers + 1  # before attention and ffn, of q and kv; the last
+    assert named["rope"]["executed"] == 2 * layers
+    # attention; gate, up and down of the dense layer and of the shared expert; the router; the head
+    assert named["block_scaled_dot"]["executed"] == (per_layer - 1) * layers + 3 + 3 + 1 + 1
+
+
+def test_module_bytes_do_not_depend_on_weights_or_on_the_run(tmp_path: Path, v3: Path) -> None:
+    again = tmp_path / "elsewhere" / "bundle"
+    flags = ("--dtype", "float32", "--blocks", "--phases", "prefill,decode,mtp", "--seed", "5")
+    export_twin(again, "deepseek-v3", *flags)
+    modules = sorted(path.name for path in (v3 / "modules").iterdir())
+    assert modules == sorted(path.name for path in (again / "modules").iterdir())
+    for name in modules:
+        assert (v3 / "modules" / name).read_bytes() == (again / "modules" / name).read_bytes(), name
+    before, after = (_json(bundle, "params.json")["arguments"] for bundle in (v3, again))
+    assert [a["sha256"] for a in before] != [a["sha256"] for a in after]
+
+
+def test_same_export_twice_is_identical(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export_twin(tmp_path / name, "deepseek-r1-distill-qwen-1.5b")
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file())
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_checkpoints_bytes_are_named_and_found(tmp_path: Path) -> None:
+    """A bundle that refers to a checkpoint: its sources, put together by NumPy alone, have the hashes."""
+    import hashlib
+
+    from helpers_export import TWINS as twins
+
+    from dsjax.synth import synth_config, synthesise
+
+    layers, settings = twins["deepseek-v4-flash"]
+    folder, bundle = tmp_path / "model", tmp_path / "bundle"
+    synthesise(folder, synth_config("deepseek-v4-flash", layers=layers, settings=settings), template="deepseek-v4-flash")
+    flags = ["--length", "32", "--chunk", "8", "--phases", "decode"]
+    assert main(["export", "--model", str(folder), "--out", str(bundle), *flags]) == 0
+    params = _json(bundle, "params.json")
+    stacked = 0
+    for argument in params["arguments"]:
+        raw = b"".join((folder / s["file"]).read_bytes()[s["offset"] :][: s["bytes"]] for s in argument["sources"])
+        assert argument["checkpoint_bytes"] == len(raw)
+        if argument["recipe"] == "stack":
+            stacked += 1
+            assert hashlib.sha256(raw).hexdigest() == argument["sha256"], argument["path"]
+        else:
+            assert argument["recipe"] == "stack, then int64 to int32"
+    assert stacked > 30
+    assert verify(bundle, ["jax"], checkpoint=folder)["passed"]
+
+
+RANKS = [
+    pytest.param("deepseek-v3", "ep=2,tp=2", ()),
+    pytest.param("deepseek-v4-flash", "tp=2", (), marks=pytest.mark.full),
+    pytest.param("deepseek-v3", "ep=2", ("--attention", "slots", "--batch", "2"), marks=pytest.mark.full),
+    pytest.param("deepseek-v3.2", "dp=2,tp=2", ("--batch", "2"), marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("preset", "mesh", "flags"), RANKS)
+def test_all_ranks_together_give_one_devices_numbers(tmp_path: Path, preset: str, mesh: str, flags: tuple[str, ...]) -> None:
+    """Through the interpreter, against goldens of the unsplit model; nothing of Shardy is left in any rank's file."""
+    bundle = tmp_path / "bundle"
+    manifest = export_twin(bundle, preset, "--dtype", "float32", "--mesh", mesh, "--phases", "decode", *flags)
+    modules = manifest["modules"]
+    assert len(modules) == manifest["mesh"]["ranks"]
+    for module in modules:
+        source = (bundle / "modules" / f"{module['name']}.mlir").read_text()
+        assert not any(word in source for word in ("sdy", "mhlo", "custom_call", "partition_id"))
+        assert "stablehlo.all_reduce" in source and "replica_groups" in source
+    report = verify(bundle, ["interpreter"])
+    assert report["passed"], report
+
+
+def test_global_program_keeps_its_shardings(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    manifest = export_twin(bundle, "deepseek-v3", "--mesh", "ep=2,tp=2", "--spmd", "auto", "--phases", "decode")
+    [module] = manifest["modules"]
+    assert manifest["spmd"] == "auto" and module["rank"] is None
+    source = (bundle / "modules" / f"{module['name']}.mlir").read_text()
+    assert "sdy.sharding" in source and "all_reduce" not in source
+
+
+def test_portable_has_no_small_floats_and_loop_has_no_sort(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    flags = ("--numerics", "native", "--topk", "loop", "--stablehlo-version", "1.1.0")
+    manifest = export_twin(bundle, "deepseek-v4-flash", *flags)
+    for module in manifest["modules"]:
+        parsed = deserialise((bundle / "modules" / f"{module['name']}.vhlo.bc").read_bytes())
+        found = inventory(parsed)
+        assert not [t for t in found["types"] if t.startswith(("f8", "f4"))]
+        assert not [op for op in found["operators"] if "sort" in op or "top_k" in op] and not found["composites"]
+        assert tuple(map(int, manifest["stablehlo"]["minimum"][module["name"]].split("."))) <= (1, 1, 0)
+        assert "sort" not in text(parsed).replace("sort_assignments", "")
+    assert verify(bundle, ["jax"])["passed"]
+
+
+@pytest.mark.parametrize("moe", ["dense", "ragged"])
+def test_other_forms_of_experts(tmp_path: Path, moe: str) -> None:
+    bundle = tmp_path / "bundle"
+    export_twin(bundle, "deepseek-v3", "--moe", moe, "--topk", "sort", "--dtype", "float32", "--phases", "decode")
+    found = _json(bundle, "inventory.json")["modules"]["decode-b1-s32"]
+    assert not [op for op in found["operators"] if op.startswith("chlo")]
+    assert verify(bundle, ["jax"])["passed"]
+
+
+def test_profile_says_what_where_and_which_switch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bundle"
+    flags = ["--length", "32", "--chunk", "8", "--target", "typed", "--profile", "no-fp8"]
+    assert main(["export", *twin_flags("deepseek-v3"), "--out", str(out), *flags]) == 1
+    said = capsys.readouterr().err
+    assert "f8E4M3FN" in said and "--target" in said and not out.exists()
+    flags[5] = "portable"
+    assert main(["export", *twin_flags("deepseek-v3"), "--out", str(out), *flags]) == 0
+
+
+FULL = [
+    pytest.param("deepseek-v3", None),
+    pytest.param("deepseek-v4-flash", None, marks=pytest.mark.full),
+    *(
+        pytest.param(name, mesh, marks=pytest.mark.full)
+        for name in ("deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash", "deepseek-v4-pro")
+        for mesh in (None, "ep=8", "ep=16", "ep=32")
+        if (name, mesh) not in (("deepseek-v3", None), ("deepseek-v4-flash", None))
+    ),
+]
+
+
+@pytest.mark.parametrize(("preset", "mesh"), FULL)
+def test_full_size_from_shapes(tmp_path: Path, preset: str, mesh: str | None) -> None:
+    """All parameters' bytes, modules below 1 MB, aliased caches; no weights, no devices."""
+    bundle = tmp_path / "bundle"
+    split = ["--mesh", mesh] if mesh else []
+    assert main(["export", "--model", preset, "--out", str(bundle), *split]) == 0
+    config = load_config(preset)
+    official = sum(_stored_bytes(row, config) for row in table(config) if not is_mtp(row))
+    params, manifest = _json(bundle, "params.json"), _json(bundle, "manifest.json")
+    assert params["checkpoint_bytes"] == official
+    for module in manifest["modules"]:
+        path = bundle / "modules" / f"{module['name']}.vhlo.bc"
+        assert path.stat().st_size < 1_000_000
+        caches = [v for v in module["results"] if v["kind"] == "cache"]
+        assert caches and all(v["alias"] is not None for v in caches)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 4e9
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "bundle")
+    for flags, said in (
+        (["--model", "deepseek-v3", "--weights", "copy"], "--weights copy"),
+        (["--model", "deepseek-v3", "--moe", "ragged", "--target", "w8a8"], "--moe ragged"),
+        (["--model", "deepseek-v3", "--phases", "decode,decode"], "once"),
+        (["--model", "deepseek-v3", "--spmd", "auto"], "--mesh"),
+        (["--model", "deepseek-r1-distill-qwen-1.5b", "--phases", "mtp"], "draft module"),
+        (["--model", "deepseek-v3", "--profile", "nobody", "--length", "32"], "nobody"),
+        (["--model", "deepseek-v3", "--stablehlo-version", "0.1.0", "--length", "32"], "StableHLO version"),
+        (["--model", "deepseek-v3", "--mesh", "tp=3"], "tp=3"),
+        (["--model", "nowhere"], "nowhere"),
+    ):
+        assert main(["export", "--out", out, *flags]) == 2, flags
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dsjax: ") and said in line]
+        assert not Path(out).exists(), line
+
+
+def test_consumer_is_not_the_model() -> None:
+    """The jax consumer runs files: it imports nothing of the model."""
+    import ast
+    import inspect
+
+    import dsjax.export.consumers.jax as module
+
+    imported = {n.module or "" for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.ImportFrom)}
+    assert JaxConsumer is not None and not any(m.startswith(("dsjax.models", "dsjax.layers", "quant")) for m in imported)
+    assert jax.devices()
