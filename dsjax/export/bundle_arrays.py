@@ -1,10 +1,9 @@
-"""What a bundle's modules are run on, and what they should give: goldens, parameters, and ranks' parts of both."""
+"""What a bundle's modules are run on: a golden's inputs and the parameters, and of both each rank's part."""
 
 from __future__ import annotations
 
 import hashlib
 import reprlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import InputError
-from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, inside, open_arrays, read_json
-
-STRICT = 1e-5
-"""The bound of a float result for which a golden names none."""
+from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, inside, open_arrays
 
 
 class NoWeights(Exception):
@@ -74,9 +70,7 @@ def _copied(bundle: Bundle, path: Path, entry: dict[str, Any]) -> tuple[Path, np
     return file, np.ascontiguousarray(open_arrays(file).read(copy["tensor"])).reshape(-1).view(np.uint8)
 
 
-def _joined(
-    bundle: Bundle, path: Path, entry: dict[str, Any], checkpoint: Path | None
-) -> tuple[Path, np.ndarray]:
+def _joined(bundle: Bundle, path: Path, entry: dict[str, Any], checkpoint: Path | None) -> tuple[Path, np.ndarray]:
     """The bytes of tensors in a checkpoint one after the other: an array stacked along a leading axis lies so."""
     name = entry["path"]
     if checkpoint is None:
@@ -120,72 +114,3 @@ def _stored(path: Path, array: np.ndarray, value: Value) -> np.ndarray:
         return np.array(array)
     found = f"{array.dtype} {list(array.shape)}"
     raise InputError(f"{path}: {value.name}: expected {value.dtype} {list(value.global_shape)}, found {found}")
-
-
-def golden_results(bundle: Bundle, program: Program) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """What a program should give, whole, by name; and the strict bound of each result that has one.
-
-    Raises:
-      InputError: see `arguments`.
-    """
-    folder = bundle.folder / "golden" / str(program.golden)
-    path = folder / "outputs.safetensors"
-    files = open_arrays(path)
-    values = {v.name: v for m in program.modules for v in m.results}
-    results = {name: _stored(path, files.read(name), value) for name, value in values.items()}
-    bounds = {}
-    path = folder / "tolerance.json"
-    for name, entry in (read_json(path) if path.exists() else {}).items():
-        strict = entry.get("strict") if isinstance(entry, dict) else None
-        if not isinstance(strict, int | float) or isinstance(strict, bool) or not strict >= 0:
-            raise InputError(f"{path}: {name}: strict: expected a bound, found {reprlib.repr(entry)}")
-        bounds[name] = float(strict)
-    return results, bounds
-
-
-def whole_results(
-    program: Program, results: Sequence[Sequence[np.ndarray]]
-) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """What ranks gave, put together.
-
-    Returns:
-      By name, the whole array as often as ranks hold an element, so that copies can be compared: the first has the
-      first rank's, and so on. And what is wrong with types, shapes or parts, in words.
-    """
-    wholes: dict[str, list[np.ndarray]] = {}
-    filled: dict[str, list[np.ndarray]] = {}
-    wrong = []
-    for module, arrays in zip(program.modules, results, strict=True):
-        if len(arrays) != len(module.results):
-            wrong.append(f"{module.name}: expected {len(module.results)} results, found {len(arrays)}")
-            continue
-        for value, array in zip(module.results, arrays, strict=True):
-            if array.dtype != value.dtype or array.shape != value.shape:
-                expected, found = f"{value.dtype} {value.shape}", f"{array.dtype} {array.shape}"
-                wrong.append(f"{module.name}: {value.name}: expected {expected}, found {found}")
-                continue
-            _place(value, array, wholes.setdefault(value.name, []), filled.setdefault(value.name, []))
-    for name, masks in filled.items():
-        if not masks[0].all():
-            wrong.append(f"{name}: no rank gives {int((~masks[0]).sum())} of its {masks[0].size} elements")
-    return {name: _completed(arrays, filled[name]) for name, arrays in wholes.items()}, wrong
-
-
-def _place(value: Value, array: np.ndarray, wholes: list[np.ndarray], masks: list[np.ndarray]) -> None:
-    """Puts a rank's part into the first copy of the whole in which it is still free."""
-    where = tuple(slice(*s) for s in value.slice) if value.slice is not None else ...
-    for whole, mask in zip(wholes, masks, strict=True):
-        if not mask[where].any():
-            whole[where], mask[where] = array, True
-            return
-    whole, mask = np.zeros(value.global_shape, value.dtype), np.zeros(value.global_shape, bool)
-    whole[where], mask[where] = array, True
-    wholes.append(whole)
-    masks.append(mask)
-
-
-def _completed(wholes: list[np.ndarray], masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Further copies, which need not be whole, filled up from the first."""
-    return [wholes[0], *(np.where(mask, whole, wholes[0]) for whole, mask in zip(wholes[1:], masks[1:], strict=True))]
-
-

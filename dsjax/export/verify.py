@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,18 +15,18 @@ from typing import Any
 import numpy as np
 from jaxlib.mlir import ir
 
-from dsjax.checkpoint.safetensors_writer import Spec, write_file
+from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
-from dsjax.export.bundle_arrays import STRICT, NoWeights, arguments, golden_results, whole_results
+from dsjax.export.bundle_arrays import NoWeights, arguments
 from dsjax.export.bundle_reader import Bundle, Module, Program, open_bundle
 from dsjax.export.consumers import consumer
-from dsjax.export.consumers.base import Consumer, Refused, main_function, new_context, parse
+from dsjax.export.consumers.base import Consumer, Ran, Refused, main_function, new_context, parse
 from dsjax.export.consumers.estimate import Estimate, estimate_seconds
 from dsjax.export.consumers.tpu_aot import TpuAot
-from dsjax.export.errors import errors, is_float
-from dsjax.files import new_folder
+from dsjax.export.standalone.arrays import BadInput
+from dsjax.export.standalone.verify import compare_golden, passes
+from dsjax.files import check_new_folder, new_folder
 
-BOUND = 0.05
 NEGATIVE = ("departed", "refused", "too slow")
 """States of a program that make the whole verdict negative."""
 
@@ -34,7 +37,8 @@ def verify(
     *,
     checkpoint: Path | None = None,
     modules: str | None = None,
-    bound: float | None = None,
+    bound: float = 0.05,
+    gate: str = "strict",
     out: Path | None = None,
     time_limit: float = 600.0,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
@@ -46,17 +50,18 @@ def verify(
       consumers: names as `dsjax.export.consumers.consumer` takes them.
       checkpoint: where weights lie that the bundle refers to.
       modules: shell pattern of names; None for all.
-      bound: of relative errors, in place of the goldens' own strict bounds; of these is told anyway.
+      bound: of relative errors; gate: "strict" judges by the goldens' own strict bounds, too, "bound" by this one only.
       out: new folder for what consumers gave, as `dsjax align` and verify.py read it; in a folder for each consumer if
         there are several.
       time_limit: seconds that a module may take; one that the interpreter would take longer for is not started.
       say: called with what a person waits for.
 
     Returns:
-      passed: whether no module has a problem and no consumer departed, refused a module or was too slow for it;
-      problems: what is wrong with the files themselves; programs: {name: {consumer: {state, why, seconds, how, note,
-      errors of each result, strict, within_bound, memory}}}. States: "agreed", "departed", "accepted" (compiled; there
-      is nothing to compare with), "refused", "too slow", "not run".
+      passed: whether no module has a problem, and no consumer departed, refused a program or was too slow for it;
+      problems: what is wrong with the modules' own text; programs: {program: {consumer: report}}. A report has `state`:
+      "agreed", "departed", "excepted" (it departed, for a documented reason), "accepted" (compiled, with nothing to
+      compare), "refused", "too slow", "not run"; and `why`, `seconds`, `how` ranks ran together, `note`, the verdicts
+      `within_bound` and `within_strict`, `problems`, `results` (the errors of each) or `memory`, where there are any.
 
     Raises:
       InputError: of a damaged bundle, or a consumer that is not installed.
@@ -66,25 +71,32 @@ def verify(
         missing = one.available()
         if missing:
             raise InputError(f"--with {one.name}: {missing}")
+    if out is not None:
+        check_new_folder(out)
     bundle = open_bundle(folder)
     programs = bundle.select(modules)
     problems = [p for program in programs for module in program.modules for p in module_problems(bundle, module)]
-    for problem in problems:
-        say(problem)
+    check = _Check(bundle, checkpoint, bound, gate, time_limit, say)
     results: dict[str, dict[str, dict[str, Any]]] = {p.name: {} for p in programs}
-    given: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for one in chosen:
-        for program in programs:
-            report, arrays = _judge(bundle, program, one, checkpoint, bound, time_limit, say)
-            results[program.name][one.name] = report
-            if arrays and program.golden is not None:
-                given.setdefault((one.name, program.golden), arrays)
-    if out is not None:
-        _write(out, given, len(chosen) > 1)
+    with tempfile.TemporaryDirectory(prefix="dsjax-verify-") as scratch:
+        for i, one in enumerate(chosen):
+            for program in programs:
+                results[program.name][one.name] = check.judge(program, one, Path(scratch) / str(i) / program.name)
+        if out is not None:
+            _publish(Path(scratch), out, [one.name for one in chosen])
     states = [r["state"] for by_consumer in results.values() for r in by_consumer.values()]
     passed = not problems and not any(state in NEGATIVE for state in states)
-    shown = BOUND if bound is None else bound
-    return {"bundle": str(folder), "passed": passed, "bound": shown, "problems": problems, "programs": results}
+    report = {"bundle": str(folder), "passed": passed, "bound": bound, "gate": gate, "problems": problems}
+    return {**report, "programs": results}
+
+
+def _publish(scratch: Path, out: Path, names: Sequence[str]) -> None:
+    """What consumers gave, as a candidate folder, or as one of each."""
+    with new_folder(out) as folder:
+        for i, name in enumerate(names):
+            where = folder / re.sub(r"[^\w.-]+", "_", name) if len(names) > 1 else folder
+            for given in sorted((scratch / str(i)).glob("*")):
+                shutil.copytree(given, where, dirs_exist_ok=True)
 
 
 def module_problems(bundle: Bundle, module: Module) -> list[str]:
@@ -150,48 +162,51 @@ def _aliases(main: Any, count: int) -> dict[int, int]:
     return found
 
 
-def _judge(
-    bundle: Bundle,
-    program: Program,
-    one: Consumer,
-    checkpoint: Path | None,
-    bound: float | None,
-    time_limit: float,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One program by one consumer: the report, and what it gave."""
-    modules = [bundle.module_bytes(m) for m in program.modules]
-    start = time.perf_counter()
-    try:
-        if not one.executes or program.golden is None or bundle.partitioned:
-            return _compile(bundle, program, one, modules), {}
-        given = arguments(bundle, program, checkpoint)
-        if one.name == "interpreter":
-            estimates = [estimate_seconds(m) for m in modules]
-            total = Estimate(sum(e.seconds for e in estimates), all(e.exact for e in estimates))
-            say(f"{program.name}: {one.name}: {total}")
-            if total.seconds > time_limit:
-                return {"state": "too slow", "why": f"{total}, beyond --time-limit {time_limit:g} s"}, {}
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """What every program is checked with; see `verify`."""
+
+    bundle: Bundle
+    checkpoint: Path | None
+    bound: float
+    gate: str
+    time_limit: float
+    say: Callable[[str], None]
+
+    def judge(self, program: Program, one: Consumer, folder: Path) -> dict[str, Any]:
+        """The report of one program by one consumer, whose results are left in a folder."""
+        modules = [self.bundle.module_bytes(m) for m in program.modules]
         start = time.perf_counter()
-        if len(modules) == 1 and program.modules[0].rank is None:
-            ran, how = [one.run(modules[0], given[0])], ""
-        else:
-            together = one.run_ranks(modules, given)
-            ran, how = together.results, together.how
-    except NoWeights as e:
-        return {"state": "not run", "why": str(e)}, {}
-    except Refused as e:
-        state = "too slow" if "--time-limit" in str(e) else "refused"
-        return {"state": state, "why": str(e), "seconds": time.perf_counter() - start}, {}
-    seconds = time.perf_counter() - start
-    report, wholes = _compare(bundle, program, ran, bound)
-    report |= {"seconds": seconds, **({"how": how} if how else {})}
-    exception = one.exception(given)
-    if exception:
-        report["note"] = f"documented: {exception}"
-        if report["state"] == "departed" and not report.get("why"):
-            report["state"] = "excepted"
-    return report, wholes
+        try:
+            if not one.executes or program.golden is None or self.bundle.partitioned:
+                return _compile(self.bundle, program, one, modules)
+            given = arguments(self.bundle, program, self.checkpoint)
+            if one.name == "interpreter":
+                estimates = [estimate_seconds(m) for m in modules]
+                total = Estimate(sum(e.seconds for e in estimates), all(e.exact for e in estimates))
+                self.say(f"{program.name}: the interpreter will take {total}")
+                if total.seconds > self.time_limit:
+                    return {"state": "too slow", "why": f"{total}, beyond --time-limit {self.time_limit:g} s"}
+            start = time.perf_counter()
+            if program.modules[0].rank is None:
+                ran = Ran([one.run(modules[0], given[0])])
+            else:
+                ran = one.run_ranks(modules, given)
+            seconds = time.perf_counter() - start
+            report = _compare(self.bundle, program, ran.results, self.bound, folder)
+        except NoWeights as e:
+            return {"state": "not run", "why": str(e)}
+        except Refused as e:
+            return {"state": e.state, "why": str(e), "seconds": time.perf_counter() - start}
+        report |= {"state": "agreed" if passes(report, self.gate) else "departed", "seconds": seconds}
+        if ran.how:
+            report["how"] = ran.how
+        exception = one.exception(given)
+        if exception:
+            report["note"] = f"documented: it {exception}"
+            if report["state"] == "departed":
+                report["state"] = "excepted"
+        return report
 
 
 def _compile(bundle: Bundle, program: Program, one: Consumer, modules: list[bytes]) -> dict[str, Any]:
@@ -210,39 +225,24 @@ def _compile(bundle: Bundle, program: Program, one: Consumer, modules: list[byte
 
 
 def _compare(
-    bundle: Bundle, program: Program, ran: Sequence[Sequence[np.ndarray]], bound: float | None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The report of what a program gave; and that, whole."""
-    golden, bounds = golden_results(bundle, program)
-    found, wrong = whole_results(program, ran)
-    by_result: dict[str, dict[str, Any]] = {}
-    for name in golden.keys() & found.keys():
-        copies = [errors(golden[name], array) for array in found[name]]
-        worst = {key: max(c[key] for c in copies) for key in copies[0]}
-        strict = bounds.get(name, STRICT if is_float(golden[name].dtype) else 0.0)
-        by_result[name] = {
-            **worst,
-            "strict_bound": strict,
-            "strict": max(worst.values()) <= strict,
-            "within_bound": max(worst.values()) <= (BOUND if bound is None else bound),
-        }
-    report: dict[str, Any] = {
-        "strict": not wrong and all(r["strict"] for r in by_result.values()),
-        "within_bound": not wrong and all(r["within_bound"] for r in by_result.values()),
-        "results": {name: by_result[name] for name in golden if name in by_result},
+    bundle: Bundle, program: Program, ran: Sequence[Sequence[np.ndarray]], bound: float, folder: Path
+) -> dict[str, Any]:
+    """The report of what a program gave, by the very check that the bundle carries for others' results."""
+    for module, arrays in zip(program.modules, ran, strict=True):
+        if len(arrays) != len(module.results):
+            raise Refused(f"expected {len(module.results)} results of {module.name}, found {len(arrays)}")
+        where = folder / str(program.golden) / ("" if module.rank is None else f"rank{module.rank}")
+        where.mkdir(parents=True)
+        named = {v.name: np.asarray(array) for v, array in zip(module.results, arrays, strict=True)}
+        write_file(where / "outputs.safetensors", named)
+    names = {m.name for m in program.modules}
+    entries = [entry for entry in bundle.manifest["modules"] if entry["name"] in names]
+    try:
+        found = compare_golden(bundle.folder, folder, f"golden/{program.golden}", entries, bound)
+    except BadInput as e:
+        raise InputError(str(e)) from None
+    within = {
+        verdict: not found["problems"] and all(row[verdict] is not False for row in found["results"])
+        for verdict in ("within_bound", "within_strict")
     }
-    agreed = report["strict"] if bound is None else report["within_bound"]
-    report["state"] = "agreed" if agreed else "departed"
-    if wrong:
-        report["why"] = "; ".join(wrong)[:400]
-    return report, {name: arrays[0] for name, arrays in found.items()}
-
-
-def _write(out: Path, given: dict[tuple[str, str], dict[str, np.ndarray]], several: bool) -> None:
-    """The candidate folder, whole or not at all."""
-    with new_folder(out) as folder:
-        for (name, golden), arrays in given.items():
-            where = folder / re.sub(r"[^\w.-]+", "_", name) / golden if several else folder / golden
-            where.mkdir(parents=True)
-            specs = [Spec(key, array.dtype, array.shape) for key, array in arrays.items()]
-            write_file(where / "outputs.safetensors", specs, iter(arrays.values()))
+    return {**within, "results": found["results"], "problems": found["problems"]}

@@ -30,7 +30,11 @@ def consumer(name: str, time_limit: float = 600.0) -> Consumer:
         return Pjrt(Path(rest), time_limit)
     if kind == "tpu-aot" and rest:
         return TpuAot(rest, time_limit)
-    plain: dict[str, type[Interpreter] | type[Iree] | type[Jax]] = {"interpreter": Interpreter, "iree": Iree, "jax": Jax}
+    plain: dict[str, type[Interpreter] | type[Iree] | type[Jax]] = {
+        "interpreter": Interpreter,
+        "iree": Iree,
+        "jax": Jax,
+    }
     if kind not in plain or colon:
         raise InputError(f"--with {name}: expected a list of {NAMES}")
     return plain[kind](time_limit)

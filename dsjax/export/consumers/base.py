@@ -11,14 +11,21 @@ from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from dsjax.export.artifact import artifact_version
+
 Arrays = list[np.ndarray]
 
 
 class Refused(Exception):
-    """A consumer's compiler or runtime does not take a module, or gave up on it; one line says why."""
+    """A consumer's compiler or runtime does not take a module, or gave up on it; one line says why.
 
-    def __init__(self, message: str) -> None:
+    Attributes:
+      state: "refused" or "too slow".
+    """
+
+    def __init__(self, message: str, state: str = "refused") -> None:
         super().__init__(" ".join(message.split())[:400])
+        self.state = state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +76,21 @@ def parse(module: bytes, context: ir.Context) -> ir.Module:
     Raises:
       Refused: if it is none, or of a version that this jaxlib does not know.
     """
+    said: list[str] = []
+
+    def take(diagnostic: Any) -> bool:  # MLIR would write it to standard error
+        said.append(str(diagnostic.message))
+        return True
+
+    handler: Any = context.attach_diagnostic_handler(take)
     try:
+        artifact_version(module)
         with context:
             return stablehlo.deserialize_portable_artifact(context, module)
-    except Exception as e:  # of several types, by version
-        raise Refused(f"expected a portable StableHLO artifact, found none that can be read: {e}") from None
+    except (ValueError, ir.MLIRError) as e:
+        raise Refused(f"expected a portable StableHLO artifact, found: {said[0] if said else e}") from None
+    finally:
+        handler.detach()
 
 
 def serialise(module: ir.Module) -> bytes:
@@ -83,8 +100,9 @@ def serialise(module: ir.Module) -> bytes:
 
 
 def functions(module: ir.Module) -> dict[str, Any]:
-    """The module's functions by name."""
-    return {op.attributes["sym_name"].value: op for op in module.body.operations if op.operation.name == "func.func"}
+    """The module's functions by name; who keeps one of them has to keep the module."""
+    operations: Any = module.body.operations
+    return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
 
 
 def main_function(module: ir.Module) -> Any:

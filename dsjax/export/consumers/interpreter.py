@@ -55,7 +55,9 @@ class Interpreter:
 
     def exception(self, arguments: Sequence[Arrays]) -> str | None:
         """E8M0's NaN is read as infinity."""
-        found = any(a.dtype == ml_dtypes.float8_e8m0fnu and (a.view(np.uint8) == 0xFF).any() for r in arguments for a in r)
+        found = any(
+            a.dtype == ml_dtypes.float8_e8m0fnu and (a.view(np.uint8) == 0xFF).any() for r in arguments for a in r
+        )
         return "reads the E8M0 code 0xFF, a NaN, as infinity" if found else None
 
 
@@ -77,8 +79,13 @@ def evaluate(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -
         return [[_typed(np.array(next(flat)), dtype) for dtype in dtypes] for dtypes in wanted], {}
 
 
-_DTYPES = {"bf16": "bfloat16", "f4E2M1FN": "float4_e2m1fn", "f8E8M0FNU": "float8_e8m0fnu",
-    "f8E4M3FN": "float8_e4m3fn", "f8E5M2": "float8_e5m2"}
+_DTYPES = {
+    "bf16": "bfloat16",
+    "f4E2M1FN": "float4_e2m1fn",
+    "f8E8M0FNU": "float8_e8m0fnu",
+    "f8E4M3FN": "float8_e4m3fn",
+    "f8E5M2": "float8_e5m2",
+}
 
 
 def _dtype(kind: Any) -> np.dtype | None:
@@ -98,9 +105,10 @@ def _attribute(array: np.ndarray, kind: Any) -> Any:
     """An argument as MLIR takes it: types that Python's buffers do not have as their bits, with the type named."""
     element = ir.RankedTensorType(kind).element_type
     plain = array.dtype.kind in "iub" or array.dtype.name in ("float16", "float32", "float64")
-    bits = array if plain else array.view(f"u{array.dtype.itemsize}")
+    bits: Any = array if plain else array.view(f"u{array.dtype.itemsize}")
     # Not ascontiguousarray: an array of no dimensions must stay one.
-    return ir.DenseElementsAttr.get(np.asarray(bits, order="C"), type=element, shape=array.shape)
+    bits = np.asarray(bits, order="C")
+    return ir.DenseElementsAttr.get(bits, type=element, shape=array.shape)
 
 
 def _plain_results(main: Any) -> None:
@@ -114,7 +122,7 @@ def _plain_results(main: Any) -> None:
             plain = ir.F16Type, ir.F32Type, ir.F64Type
             if isinstance(element, ir.FloatType) and not any(isinstance(element, t) for t in plain):
                 if element.width < 8:
-                    cast = stablehlo.ConvertOp(ir.RankedTensorType.get(kind.shape, ir.F32Type.get()), value)
+                    cast: Any = stablehlo.ConvertOp(ir.RankedTensorType.get(kind.shape, ir.F32Type.get()), value)
                 else:
                     bits = ir.IntegerType.get_unsigned(element.width)
                     cast = stablehlo.BitcastConvertOp(ir.RankedTensorType.get(kind.shape, bits), value)
@@ -140,8 +148,8 @@ def _together(modules: list[ir.Module]) -> ir.Module:
             ir.SymbolTable.set_visibility(function, "private")
             function.operation.clone(ir.InsertionPoint(program.body))
     with ir.InsertionPoint(program.body):
-        main = func.FuncOp("main", (inputs, outputs))
-        block = main.add_entry_block()
+        entry: Any = func.FuncOp("main", (inputs, outputs))
+        block = entry.add_entry_block()
         with ir.InsertionPoint(block):
             refs = ir.ArrayAttr.get([ir.FlatSymbolRefAttr.get(name) for name in names])
             run = ir.Operation.create(

@@ -46,7 +46,9 @@ class Iree:
 
     def available(self) -> str | None:
         """None, or which package is missing."""
-        found = importlib.util.find_spec("iree") and all(map(importlib.util.find_spec, ("iree.compiler", "iree.runtime")))
+        found = importlib.util.find_spec("iree") and all(
+            map(importlib.util.find_spec, ("iree.compiler", "iree.runtime"))
+        )
         return None if found else "expected iree-base-compiler and iree-base-runtime (the extra verify), found none"
 
     def run(self, module: bytes, arguments: Arrays) -> Arrays:

@@ -46,9 +46,7 @@ class Jax:
         return None
 
 
-def ranks_on_devices(
-    consumer: Any, modules: Sequence[bytes], arguments: Sequence[Arrays], devices: xla.Devices
-) -> Ran:
+def ranks_on_devices(consumer: Any, modules: Sequence[bytes], arguments: Sequence[Arrays], devices: xla.Devices) -> Ran:
     """The programs of all ranks on devices, else as one program on the first of them."""
     program = xla.as_replica(modules) if len(devices) >= len(modules) else None
     if program is None:

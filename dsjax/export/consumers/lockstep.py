@@ -79,7 +79,7 @@ def _side_by_side(modules: list[ir.Module]) -> ir.Module:
     inputs = [t for main in mains for t in main.type.inputs]
     outputs = [t for main in mains for t in main.type.results]
     with ir.InsertionPoint(program.body):
-        main = func.FuncOp("main", (inputs, outputs))
+        main: Any = func.FuncOp("main", (inputs, outputs))
     block = main.add_entry_block()
     arguments = iter(block.arguments)
     returned: list[Any] = []
@@ -107,7 +107,7 @@ def _number(block: Any, rank: int) -> None:
             for inner in region.blocks:
                 _number(inner, rank)
         if op.operation.name in ("stablehlo.partition_id", "stablehlo.replica_id"):
-            value = np.array(rank if op.operation.name == "stablehlo.partition_id" else 0, np.uint32)
+            value: Any = np.array(rank if op.operation.name == "stablehlo.partition_id" else 0, np.uint32)
             kind = ir.IntegerType.get_unsigned(32)
             with ir.InsertionPoint(op):
                 constant = stablehlo.ConstantOp(ir.DenseElementsAttr.get(value, type=kind, shape=()))
@@ -135,7 +135,10 @@ def _meets(op: Any) -> bool:
     """Whether ranks meet in an instruction: it is a collective, or holds one."""
     if op.operation.name in COLLECTIVES:
         return True
-    if op.operation.name.startswith("stablehlo.collective") or op.operation.name in ("stablehlo.send", "stablehlo.recv"):
+    if op.operation.name.startswith("stablehlo.collective") or op.operation.name in (
+        "stablehlo.send",
+        "stablehlo.recv",
+    ):
         raise Refused(f"{op.operation.name} cannot be written out")
     return any(_meets(inner) for region in op.regions for block in region.blocks for inner in block.operations)
 
@@ -243,8 +246,8 @@ def _permuted(met: list[Any], operands: list[list[Any]]) -> list[list[Any]]:
             out.append([operands[sources[rank]][0]])
             continue
         kind = ir.RankedTensorType(op.results[0].type)
-        zero = ir.IntegerAttr.get(kind.element_type, 0) if isinstance(kind.element_type, ir.IntegerType) else None
-        zero = zero or ir.FloatAttr.get(kind.element_type, 0.0)
+        whole = isinstance(kind.element_type, ir.IntegerType)
+        zero: Any = ir.IntegerAttr.get(kind.element_type, 0) if whole else ir.FloatAttr.get(kind.element_type, 0.0)
         out.append([stablehlo.ConstantOp(ir.DenseElementsAttr.get_splat(kind, zero)).result])
     return out
 

@@ -66,7 +66,7 @@ def isolated(
                     check=False,
                 ).returncode
             except subprocess.TimeoutExpired:
-                raise Refused(f"not done within --time-limit {time_limit:g} s") from None
+                raise Refused(f"not done within --time-limit {time_limit:g} s", "too slow") from None
         said = (folder / "stderr").read_text(errors="replace")
         if (folder / "refused").exists():
             raise Refused(_with_diagnostic((folder / "refused").read_text(), said))

@@ -34,7 +34,8 @@ def compiled(devices: Devices, module: bytes, options: Mapping[str, Any], partit
     """
     client = devices[0].client
     ids = np.array([[d.id for d in devices]]) if partitions else np.array([[d.id] for d in devices])
-    chosen = compiler.get_compile_options(*ids.shape, ids, env_options_overrides=dict(options), backend=client)
+    replicas, parts = ids.shape
+    chosen = compiler.get_compile_options(replicas, parts, ids, env_options_overrides=dict(options), backend=client)
     parsed = parse(module, new_context())
     if "sym_name" not in parsed.operation.attributes:  # by which JAX's logs speak of it
         with parsed.context:
