@@ -81,7 +81,7 @@ def _remarks(r: Mapping[str, Any]) -> list[str]:
         if row["within_strict"] is False and not row["problems"]:
             found.append(f"{row['name']}: error {row['error']:.2g}, strict bound {row['strict_bound']:.2g}")
     if "how" in r:
-        found.append(f"ranks {r['how']}")
+        found.append(f"ranks ran {r['how']}")
     if "memory" in r:
         found.append(", ".join(f"{key} {value:,}" for key, value in r["memory"].items() if isinstance(value, int)))
     return found

@@ -1,8 +1,7 @@
 """The programs of all ranks as one program without collectives, for whom cannot run several together.
 
-Every rank's instructions stay what they are. Where all ranks meet at a collective, it is written out by its definition
-in the StableHLO specification: a sum in the order of ranks, a concatenation, slices. Loops that hold collectives become
-one loop, whose count is that of the first rank; others stay each rank's own.
+Every rank's instructions stay what they are. Where all ranks meet at a collective, `collectives` writes it out. Loops
+that hold collectives become one loop, whose count is that of the first rank; others stay each rank's own.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func, stablehlo
-from jaxlib.mlir.passmanager import PassManager
 
 from dsjax.export.consumers.base import (
     Arrays,
@@ -26,17 +24,7 @@ from dsjax.export.consumers.base import (
     parse,
     serialise,
 )
-
-_REDUCING = ("stablehlo.all_reduce", "stablehlo.reduce_scatter")
-COLLECTIVES = (*_REDUCING, "stablehlo.all_gather", "stablehlo.all_to_all", "stablehlo.collective_permute")
-_REDUCTIONS = {
-    "stablehlo.add": stablehlo.AddOp,
-    "stablehlo.maximum": stablehlo.MaxOp,
-    "stablehlo.minimum": stablehlo.MinOp,
-    "stablehlo.multiply": stablehlo.MulOp,
-    "stablehlo.and": stablehlo.AndOp,
-    "stablehlo.or": stablehlo.OrOp,
-}
+from dsjax.export.consumers.collectives import COLLECTIVES, defined, is_collective
 
 
 def run_merged(consumer: Consumer, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
@@ -44,7 +32,7 @@ def run_merged(consumer: Consumer, modules: Sequence[bytes], arguments: Sequence
     results = iter(consumer.run(merge(modules), [a for arrays in arguments for a in arrays]))
     parsed = [parse(m, new_context()) for m in modules]
     counts = [len(main_function(m).type.results) for m in parsed]
-    return Ran([[next(results) for _ in range(n)] for n in counts], "collectives written out")
+    return Ran([[next(results) for _ in range(n)] for n in counts], "with collectives written out")
 
 
 def merge(modules: Sequence[bytes]) -> bytes:
@@ -53,22 +41,13 @@ def merge(modules: Sequence[bytes]) -> bytes:
     Raises:
       Refused: if ranks do not meet at the same collectives.
     """
-    stablehlo.register_stablehlo_passes()
     context = new_context()
-    parsed = [_inlined(parse(m, context), context) for m in modules]
+    parsed = [parse(m, context) for m in modules]
     with context, ir.Location.unknown():
         program = _side_by_side(parsed)
         _fuse(main_function(program).regions[0].blocks[0], len(parsed))
         program.operation.verify()
         return serialise(program)
-
-
-def _inlined(module: ir.Module, context: ir.Context) -> ir.Module:
-    """The module with all in its main function, so that a collective is not out of sight."""
-    with context:
-        passes = "func.func(stablehlo-legalize-composite-to-call),inline"
-        PassManager.parse(f"builtin.module({passes})").run(module.operation)
-    return module
 
 
 def _side_by_side(modules: list[ir.Module]) -> ir.Module:
@@ -84,20 +63,76 @@ def _side_by_side(modules: list[ir.Module]) -> ir.Module:
     arguments = iter(block.arguments)
     returned: list[Any] = []
     for rank, module in enumerate(modules):
-        kept = mains[rank].attributes["sym_name"].value
+        calls = _Calls()
+        start = f"rank{rank}_{mains[rank].attributes['sym_name'].value}"
         for name, function in functions(module).items():
-            if name != kept:  # of no collective: what called it could not be inlined
-                ir.SymbolTable.replace_all_symbol_uses(name, f"rank{rank}_{name}", module.operation)
-                ir.SymbolTable.set_symbol_name(function, f"rank{rank}_{name}")
-                function.operation.clone(ir.InsertionPoint(program.body))
-        body = mains[rank].operation.clone(ir.InsertionPoint(program.body))
-        inner = body.regions[0].blocks[0]
-        _number(inner, rank)
-        returned += _pour(inner, block, arguments)
-        body.erase()
+            ir.SymbolTable.replace_all_symbol_uses(name, f"rank{rank}_{name}", module.operation)
+            ir.SymbolTable.set_symbol_name(function, f"rank{rank}_{name}")
+            calls.entries[f"rank{rank}_{name}"] = function.operation.clone(ir.InsertionPoint(program.body))
+        for copy in calls.entries.values():
+            _number(copy.regions[0].blocks[0], rank)
+        body = calls.entries[start].regions[0].blocks[0]
+        calls.inline(body)
+        returned += _pour(body, block, arguments)
+        for name, copy in calls.entries.items():
+            if name == start or calls.meets(name):
+                copy.operation.erase()
     with ir.InsertionPoint(block):
         func.ReturnOp(returned)
     return program
+
+
+class _Calls:
+    """The functions of one rank, of which those with collectives are put where they are called.
+
+    MLIR's own inliner leaves calls inside of StableHLO's regions alone.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Any] = {}
+        self._known: dict[str, bool] = {}
+
+    def meets(self, name: str) -> bool:
+        """Whether ranks meet in a function, or in one that it calls."""
+        if name not in self._known:
+            self._known[name] = any(map(self._op_meets, self.entries[name].regions[0].blocks[0].operations))
+        return self._known[name]
+
+    def _op_meets(self, op: Any) -> bool:
+        inner = (o for region in op.regions for block in region.blocks for o in block.operations)
+        name = _callee(op)
+        return is_collective(op) or any(map(self._op_meets, inner)) or (name is not None and self.meets(name))
+
+    def inline(self, block: Any) -> None:
+        """Replaces calls of functions with collectives, and composites of them, by what they do."""
+        for op in list(block.operations):
+            for region in op.regions:
+                for inner in region.blocks:
+                    self.inline(inner)
+            name = _callee(op)
+            if name is not None and self.meets(name):
+                self._replace(op.operation, name)
+
+    def _replace(self, call: Any, name: str) -> None:
+        copy = self.entries[name].operation.clone(ir.InsertionPoint(self.entries[name].operation))
+        body = copy.regions[0].blocks[0]
+        self.inline(body)
+        for argument, value in zip(body.arguments, call.operands, strict=True):
+            argument.replace_all_uses_with(value)
+        operations = list(body.operations)
+        returned = list(operations[-1].operands)
+        for op in operations[:-1]:
+            op.operation.move_before(call)
+        for old, new in zip(call.results, returned, strict=True):
+            old.replace_all_uses_with(new)
+        call.erase()
+        copy.operation.erase()
+
+
+def _callee(op: Any) -> str | None:
+    """The function that an instruction calls."""
+    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(op.operation.name)
+    return None if key is None else str(op.operation.attributes[key].value)
 
 
 def _number(block: Any, rank: int) -> None:
@@ -133,14 +168,8 @@ def _pour(source: Any, target: Any, arguments: Any) -> list[Any]:
 
 def _meets(op: Any) -> bool:
     """Whether ranks meet in an instruction: it is a collective, or holds one."""
-    if op.operation.name in COLLECTIVES:
-        return True
-    if op.operation.name.startswith("stablehlo.collective") or op.operation.name in (
-        "stablehlo.send",
-        "stablehlo.recv",
-    ):
-        raise Refused(f"{op.operation.name} cannot be written out")
-    return any(_meets(inner) for region in op.regions for block in region.blocks for inner in block.operations)
+    inner = (o for region in op.regions for block in region.blocks for o in block.operations)
+    return is_collective(op) or any(map(_meets, inner))
 
 
 def _fuse(block: Any, ranks: int) -> None:
@@ -169,87 +198,11 @@ def _fuse(block: Any, ranks: int) -> None:
 def _write_out(met: list[Any]) -> None:
     """Replaces one collective of all ranks by what it is defined to give."""
     with ir.InsertionPoint(met[-1]):
-        results = _defined(met)
+        results = defined(met)
     for op, values in zip(met, results, strict=True):
         for old, new in zip(op.results, values, strict=True):
             old.replace_all_uses_with(new)
         op.erase()
-
-
-def _defined(met: list[Any]) -> list[list[Any]]:
-    """For each rank, the values of a collective's results."""
-    operands = [list(op.operands) for op in met]
-    if met[0].name == "stablehlo.collective_permute":
-        return _permuted(met, operands)
-    out: list[list[Any]] = [[] for _ in met]
-    for group in np.array(met[0].attributes["replica_groups"]).tolist():
-        group = [rank for rank in group if rank >= 0]
-        for k in range(len(operands[0])):
-            parts = [operands[rank][k] for rank in group]
-            kind = ir.RankedTensorType(met[group[0]].results[k].type)
-            for rank, value in zip(group, _of_group(met[group[0]], parts, kind), strict=True):
-                out[rank].append(value)
-    if any(len(values) != len(operands[0]) for values in out):
-        raise Refused(f"{met[0].name}: expected every rank in one group, found {met[0].attributes['replica_groups']}")
-    return out
-
-
-def _of_group(op: Any, parts: list[Any], kind: Any) -> list[Any]:
-    """What each member of a group gets of its members' operands."""
-    n = len(parts)
-    if op.operation.name in _REDUCING:
-        total = _reduced(op, parts)
-        if op.operation.name == "stablehlo.all_reduce":
-            return [total] * n
-        return _split(total, ir.IntegerAttr(op.attributes["scatter_dimension"]).value, n)
-    if op.operation.name == "stablehlo.all_gather":
-        dimension = ir.IntegerAttr(op.attributes["all_gather_dim"])
-        return [stablehlo.ConcatenateOp(parts, dimension, results=[kind]).result] * n
-    split = ir.IntegerAttr(op.attributes["split_dimension"]).value
-    pieces = [_split(part, split, n) for part in parts]
-    concat = ir.IntegerAttr(op.attributes["concat_dimension"])
-    return [stablehlo.ConcatenateOp([p[i] for p in pieces], concat, results=[kind]).result for i in range(n)]
-
-
-def _reduced(op: Any, parts: list[Any]) -> Any:
-    body = [inner.operation.name for inner in op.regions[0].blocks[0].operations]
-    if len(body) != 2 or body[0] not in _REDUCTIONS:
-        raise Refused(f"{op.operation.name} by {', '.join(body)} cannot be written out")
-    total = parts[0]
-    for part in parts[1:]:
-        total = _REDUCTIONS[body[0]](total, part).result
-    return total
-
-
-def _split(value: Any, axis: int, n: int) -> list[Any]:
-    """Equal parts along an axis."""
-    shape = list(ir.RankedTensorType(value.type).shape)
-    width = shape[axis] // n
-    parts = []
-    for i in range(n):
-        start, stop = [0] * len(shape), list(shape)
-        start[axis], stop[axis] = i * width, (i + 1) * width
-        parts.append(stablehlo.SliceOp(value, _dense(start), _dense(stop), _dense([1] * len(shape))).result)
-    return parts
-
-
-def _dense(values: list[int]) -> Any:
-    return ir.DenseI64ArrayAttr.get(values)
-
-
-def _permuted(met: list[Any], operands: list[list[Any]]) -> list[list[Any]]:
-    """Each rank's operand at its target; zeros where none is sent."""
-    sources = {target: source for source, target in np.array(met[0].attributes["source_target_pairs"]).tolist()}
-    out = []
-    for rank, op in enumerate(met):
-        if rank in sources:
-            out.append([operands[sources[rank]][0]])
-            continue
-        kind = ir.RankedTensorType(op.results[0].type)
-        whole = isinstance(kind.element_type, ir.IntegerType)
-        zero: Any = ir.IntegerAttr.get(kind.element_type, 0) if whole else ir.FloatAttr.get(kind.element_type, 0.0)
-        out.append([stablehlo.ConstantOp(ir.DenseElementsAttr.get_splat(kind, zero)).result])
-    return out
 
 
 def _join_loops(met: list[Any]) -> None:

@@ -15,7 +15,7 @@ from jaxlib import _jax
 from jaxlib.mlir import ir
 
 from dsjax.export.consumers.base import Arrays, Refused, new_context, parse, serialise
-from dsjax.export.consumers.lockstep import COLLECTIVES
+from dsjax.export.consumers.collectives import COLLECTIVES
 
 Devices = Sequence[jax.Device]
 
