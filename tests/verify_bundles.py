@@ -195,7 +195,8 @@ def decode(factor: float = 1.0) -> Example:
             y = x @ ((codes[i].astype(jnp.float32) - 128) * scales[i][:, None])
             row = jnp.arange(capacity)[None, :, None] == length[:, None, None]
             kv = kv.at[i].set(jnp.where(row, y[:, None], kv[i]))
-            keep = (jnp.arange(capacity)[None] <= length[:, None]).astype(jnp.float32)
+            # IREE 3.13 takes a bool converted to float, as the operand of a batched dot, for -1: a choice it takes right.
+            keep = jnp.where(jnp.arange(capacity)[None] <= length[:, None], 1.0, 0.0)
             return (jnp.tanh(x + jnp.einsum("btd,bt->bd", kv[i], keep)), kv), None
 
         (x, kv), _ = jax.lax.scan(layer, (embed[tokens[:, 0]], kv), jnp.arange(layers))
@@ -216,8 +217,11 @@ def decode(factor: float = 1.0) -> Example:
     return Example("decode-b2-s8", [code], [*items, Item("input", "tokens", tokens)], out)
 
 
-def typed(codes: Sequence[int] = range(127), scales: Sequence[int] = range(110, 140)) -> Example:
-    """FP8 and E8M0 arguments, decoded; FP8, bool and 0-d results."""
+def typed(codes: Sequence[int] = range(16, 127), scales: Sequence[int] = range(110, 140)) -> Example:
+    """FP8 and E8M0 arguments, decoded; FP8, bool and 0-d results.
+
+    No halved code is subnormal: IREE 3.13 rounds float32 to E4M3 wrongly there.
+    """
     e4m3 = np.array(codes, np.uint8).view(ml_dtypes.float8_e4m3fn)
     e8m0 = np.array(scales, np.uint8).view(ml_dtypes.float8_e8m0fnu)
 

@@ -57,7 +57,8 @@ def verify(
       say: called with what a person waits for.
 
     Returns:
-      passed: whether no module has a problem, and no consumer departed, refused a program or was too slow for it;
+      passed: whether no module has a problem, every program was run or compiled by one consumer at least, and none
+      departed, refused a program or was too slow for it;
       problems: what is wrong with the modules' own text; programs: {program: {consumer: report}}. A report has `state`:
       "agreed", "departed", "excepted" (it departed, for a documented reason), "accepted" (compiled, with nothing to
       compare), "refused", "too slow", "not run"; and `why`, `seconds`, `how` ranks ran together, `note`, the verdicts
@@ -84,8 +85,9 @@ def verify(
                 results[program.name][one.name] = check.judge(program, one, Path(scratch) / str(i) / program.name)
         if out is not None:
             _publish(Path(scratch), out, [one.name for one in chosen])
-    states = [r["state"] for by_consumer in results.values() for r in by_consumer.values()]
-    passed = not problems and not any(state in NEGATIVE for state in states)
+    states = [[r["state"] for r in by_consumer.values()] for by_consumer in results.values()]
+    unproven = any(set(found) <= {"not run"} or set(found) & set(NEGATIVE) for found in states)
+    passed = not problems and not unproven
     report = {"bundle": str(folder), "passed": passed, "bound": bound, "gate": gate, "problems": problems}
     return {**report, "programs": results}
 

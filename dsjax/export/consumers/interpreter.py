@@ -69,12 +69,12 @@ def evaluate(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -
         wanted = [[_dtype(kind) for kind in main_function(m).type.results] for m in parsed]
         for module in parsed:
             _plain_results(main_function(module))
-        program = parsed[0] if len(parsed) == 1 else _together(parsed)
         given = [
             _attribute(array, kind)
             for module, arrays in zip(parsed, arguments, strict=True)
             for array, kind in zip(arrays, main_function(module).type.inputs, strict=True)
         ]
+        program = parsed[0] if len(parsed) == 1 else _together(parsed)
         flat = iter(stablehlo.eval_module(program, given))
         return [[_typed(np.array(next(flat)), dtype) for dtype in dtypes] for dtypes in wanted], {}
 

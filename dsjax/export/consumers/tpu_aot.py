@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsjax.aot import LIBTPU, topology_devices
+from dsjax.errors import InputError
 from dsjax.export.consumers import xla
 from dsjax.export.consumers.base import Arrays, Ran, Refused
 from dsjax.export.consumers.jax import memory
@@ -61,7 +62,10 @@ class TpuAot:
 
 def compile_for(modules: list[bytes], _: list[Arrays], options: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
     """A `Task`: compiles the program for the first devices of a topology."""
-    devices = topology_devices(options["topology"])
+    try:
+        devices = topology_devices(options["topology"])
+    except InputError as e:
+        raise Refused(str(e).replace("--aot ", "tpu-aot:", 1)) from None
     if len(devices) < options["devices"]:
         raise Refused(f"expected {options['devices']} devices, found {len(devices)} in {options['topology']}")
     executable = xla.compiled(devices[: options["devices"]], modules[0], {}, partitions=options["partitions"])

@@ -57,7 +57,7 @@ def isolated(
         with (folder / "stderr").open("wb") as stderr:
             try:
                 status = subprocess.run(
-                    [sys.executable, "-c", _CALL, name],
+                    [sys.executable, "-P", "-c", _CALL, name],
                     stdin=subprocess.DEVNULL,
                     stdout=stderr,
                     stderr=stderr,
