@@ -183,6 +183,18 @@ def test_types_that_differ_from_the_programs_are_named(plain: Path, tmp_path: Pa
     assert report["problems"] == ["decode-b2-s8: logits: expected tensor<2x16xbf16>, found tensor<2x16xf32>"]
 
 
+@pytest.mark.parametrize("key", ["arguments", "results"])
+def test_values_that_the_program_lacks_are_named(plain: Path, tmp_path: Path, key: str) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        last = manifest["modules"][0][key][-1]
+        manifest["modules"][0][key].append(last | {"index": last["index"] + 1, "name": "more", "alias": None})
+
+    report = _run(rehash(_copy(plain, tmp_path), change), modules="decode-*")
+    count = {"arguments": 6, "results": 5}[key]
+    assert f"decode-b2-s8: expected {count + 1} {key}, found {count}" in report["problems"]
+    assert report["programs"]["decode-b2-s8"]["jax"]["state"] == "refused"
+
+
 @pytest.mark.parametrize(("factor", "within_bound"), [(1.0001, True), (1.04, True), (1.06, False)])
 def test_wrong_golden_logits_depart(tmp_path: Path, factor: float, within_bound: bool) -> None:
     bundle = write_bundle(tmp_path / "bundle", [decode(factor)])

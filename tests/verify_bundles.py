@@ -195,7 +195,7 @@ def decode(factor: float = 1.0) -> Example:
             y = x @ ((codes[i].astype(jnp.float32) - 128) * scales[i][:, None])
             row = jnp.arange(capacity)[None, :, None] == length[:, None, None]
             kv = kv.at[i].set(jnp.where(row, y[:, None], kv[i]))
-            # IREE 3.13 takes a bool converted to float, as the operand of a batched dot, for -1: a choice it takes right.
+            # A choice, no conversion of the bool: in a batched dot IREE 3.13 takes that for -1.
             keep = jnp.where(jnp.arange(capacity)[None] <= length[:, None], 1.0, 0.0)
             return (jnp.tanh(x + jnp.einsum("btd,bt->bd", kv[i], keep)), kv), None
 

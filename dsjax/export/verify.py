@@ -116,17 +116,7 @@ def module_problems(bundle: Bundle, module: Module) -> list[str]:
         main = main_function(parsed)
     except Refused as e:
         return [*found, f"{module.name}: {e}"]
-    for what, values, kinds in (
-        ("arguments", module.arguments, list(main.type.inputs)),
-        ("results", module.results, list(main.type.results)),
-    ):
-        if len(values) != len(kinds):
-            found.append(f"{module.name}: expected {len(values)} {what}, found {len(kinds)}")
-            continue
-        for value, kind in zip(values, kinds, strict=True):
-            expected = type_text(value.shape, value.dtype)
-            if str(kind) != expected:
-                found.append(f"{module.name}: {value.name}: expected {expected}, found {kind}")
+    found += _type_problems(module, "arguments", main) + _type_problems(module, "results", main)
     aliases = _aliases(main, len(module.arguments))
     for value in module.results:
         if value.alias is not None and aliases.get(value.index) != value.alias:
@@ -136,6 +126,16 @@ def module_problems(bundle: Bundle, module: Module) -> list[str]:
                 f"{module.name}: {value.name}: expected tf.aliasing_output on argument {value.alias}, found {shown}"
             )
     return found
+
+
+def _type_problems(module: Module, what: str, main: Any) -> list[str]:
+    """Where types of the program's "arguments" or "results" are not those of the manifest."""
+    values = module.arguments if what == "arguments" else module.results
+    kinds = list(main.type.inputs if what == "arguments" else main.type.results)
+    if len(values) != len(kinds):
+        return [f"{module.name}: expected {len(values)} {what}, found {len(kinds)}"]
+    pairs = [(v.name, type_text(v.shape, v.dtype), str(kind)) for v, kind in zip(values, kinds, strict=True)]
+    return [f"{module.name}: {name}: expected {a}, found {b}" for name, a, b in pairs if a != b]
 
 
 _TYPES = {"float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2", "float8_e8m0fnu": "f8E8M0FNU", "bool": "i1"}
@@ -175,11 +175,19 @@ class _Check:
     time_limit: float
     say: Callable[[str], None]
 
+    def _refuse_other_arguments(self, program: Program, modules: Sequence[bytes]) -> None:
+        """Raises Refused for a program that does not take what the manifest says, before anybody is given it."""
+        for module, code in zip(program.modules, modules, strict=True):
+            parsed = parse(code, new_context())
+            for problem in _type_problems(module, "arguments", main_function(parsed)):
+                raise Refused(problem)
+
     def judge(self, program: Program, one: Consumer, folder: Path) -> dict[str, Any]:
         """The report of one program by one consumer, whose results are left in a folder."""
         modules = [self.bundle.module_bytes(m) for m in program.modules]
         start = time.perf_counter()
         try:
+            self._refuse_other_arguments(program, modules)
             if not one.executes or program.golden is None or self.bundle.partitioned:
                 return _compile(self.bundle, program, one, modules)
             given = arguments(self.bundle, program, self.checkpoint)
