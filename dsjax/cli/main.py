@@ -23,6 +23,8 @@ from dsjax.cli.export import add_flags as add_export_flags
 from dsjax.cli.export import run as export
 from dsjax.cli.many import join, process_flags, refuse_many
 from dsjax.cli.plan import plan, size
+from dsjax.cli.verify import add_flags as add_verify_flags
+from dsjax.cli.verify import verify
 from dsjax.errors import InputError
 from dsjax.generate import CHUNK
 from dsjax.layout import ATTENTION, DISPATCH, O_GROUPS
@@ -183,6 +185,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_align_flags(p)
     _numerics_flags(p)
     p.set_defaults(run=align)
+
+    p = commands.add_parser("verify", parents=[common], help="run a bundle by independent compilers")
+    add_verify_flags(p)
+    p.set_defaults(run=verify)
 
     p = commands.add_parser("generate", parents=[common], help="continue prompts")
     _model_flags(p)

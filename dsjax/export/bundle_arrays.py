@@ -1,0 +1,116 @@
+"""What a bundle's modules are run on: a golden's inputs and the parameters, and of both each rank's part."""
+
+from __future__ import annotations
+
+import hashlib
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsjax.errors import InputError
+from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, inside, open_arrays
+
+
+class NoWeights(Exception):
+    """Why a program's parameters cannot be had, in words."""
+
+
+def arguments(bundle: Bundle, program: Program, checkpoint: Path | None) -> list[list[np.ndarray]]:
+    """The arguments of each rank's module, in order.
+
+    Args:
+      bundle, program: which has a golden.
+      checkpoint: the folder that `params.json` refers to; None if the bundle holds its weights.
+
+    Raises:
+      InputError: of a missing tensor, or one that is not as the manifest says.
+      NoWeights: see there.
+    """
+    path = bundle.folder / "golden" / str(program.golden) / "inputs.safetensors"
+    files = open_arrays(path)
+    whole: dict[str, np.ndarray] = {}
+    for value in (v for m in program.modules for v in m.arguments):
+        if value.name in whole:
+            continue
+        if value.name in files or value.kind != "param":
+            whole[value.name] = _stored(path, files.read(value.name), value)
+        else:
+            whole[value.name] = parameter(bundle, value, checkpoint)
+    return [[v.part(whole[v.name]) for v in m.arguments] for m in program.modules]
+
+
+def parameter(bundle: Bundle, value: Value, checkpoint: Path | None) -> np.ndarray:
+    """A whole parameter: from the bundle's own copy, or from the checkpoint's files; its hash is compared.
+
+    Raises:
+      InputError, NoWeights: see `arguments`.
+    """
+    path = bundle.folder / "params.json"
+    entry = bundle.params.get(value.name)
+    if entry is None:
+        raise InputError(f"{path}: expected the parameter {value.name}, found no entry")
+    where, raw = _copied(bundle, path, entry) if entry.get("copy") else _joined(bundle, path, entry, checkpoint)
+    expected = byte_count(value.global_shape, value.dtype)
+    if raw.size != expected:
+        raise InputError(f"{where}: {value.name}: expected {expected} bytes, found {raw.size}")
+    digest = entry.get("sha256")
+    if digest is not None and hashlib.sha256(raw.data).hexdigest() != digest:
+        raise InputError(f"{where}: {value.name}: expected sha256 {digest}, found another: the weight was changed")
+    return _typed(raw, value)
+
+
+def _copied(bundle: Bundle, path: Path, entry: dict[str, Any]) -> tuple[Path, np.ndarray]:
+    copy = entry["copy"]
+    if not isinstance(copy, dict) or not isinstance(copy.get("file"), str) or not isinstance(copy.get("tensor"), str):
+        raise InputError(f"{path}: {entry['path']}: copy: expected file and tensor, found {reprlib.repr(copy)}")
+    file = bundle.folder / inside(path, copy["file"])
+    return file, np.ascontiguousarray(open_arrays(file).read(copy["tensor"])).reshape(-1).view(np.uint8)
+
+
+def _joined(bundle: Bundle, path: Path, entry: dict[str, Any], checkpoint: Path | None) -> tuple[Path, np.ndarray]:
+    """The bytes of tensors in a checkpoint one after the other: an array stacked along a leading axis lies so."""
+    name = entry["path"]
+    if checkpoint is None:
+        raise NoWeights("the bundle refers to a checkpoint's weights, and --checkpoint names no folder")
+    if entry.get("recipe") != "stack":
+        raise NoWeights(f"{name} is made by {entry.get('recipe')!r}; only --weights copy, at export, keeps the result")
+    sources = entry.get("sources")
+    if not isinstance(sources, list) or not sources:
+        raise InputError(f"{path}: {name}: sources: expected a list, found {reprlib.repr(sources)}")
+    pieces = []
+    for source in sources:
+        if not isinstance(source, dict) or not all(type(source.get(k)) is int for k in ("offset", "bytes")):
+            raise InputError(f"{path}: {name}: sources: expected file, offset, bytes, found {reprlib.repr(source)}")
+        file = checkpoint / inside(path, str(source.get("file")))
+        try:
+            with file.open("rb") as stream:
+                stream.seek(source["offset"])
+                piece = stream.read(source["bytes"])
+        except OSError as e:
+            raise InputError(f"{file}: expected a file of the checkpoint, found: {e.strerror}") from None
+        if len(piece) != source["bytes"]:
+            raise InputError(f"{file}: {source.get('tensor')}: expected {source['bytes']} bytes, found {len(piece)}")
+        pieces.append(piece)
+    return checkpoint, np.frombuffer(b"".join(pieces), np.uint8)
+
+
+def _typed(raw: np.ndarray, value: Value) -> np.ndarray:
+    """Bytes of a file as an array; FP4 gets a byte for each code."""
+    if value.dtype.name == "float4_e2m1fn":
+        codes = np.stack([raw & 15, raw >> 4], axis=-1).astype(np.uint8)
+        return codes.reshape(value.global_shape).view(ml_dtypes.float4_e2m1fn)
+    return raw.view(value.dtype).reshape(value.global_shape)
+
+
+def _stored(path: Path, array: np.ndarray, value: Value) -> np.ndarray:
+    """A golden's array, whole, as the manifest says that it is."""
+    if array.dtype == np.uint8 and value.dtype.name == "float4_e2m1fn":
+        if array.size == byte_count(value.global_shape, value.dtype):
+            return _typed(array.reshape(-1), value)
+    elif array.dtype == value.dtype and array.shape == value.global_shape:
+        return np.array(array)
+    found = f"{array.dtype} {list(array.shape)}"
+    raise InputError(f"{path}: {value.name}: expected {value.dtype} {list(value.global_shape)}, found {found}")

@@ -1,0 +1,306 @@
+"""A bundle read back: its manifest checked, its files hashed, before anything in it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import math
+import re
+import reprlib
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from dsjax.checkpoint.safetensors import Files, read_tensors
+from dsjax.errors import InputError
+from dsjax.export.consumers.exchange import dtype_of
+
+SCHEMA = 1
+Slice = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An argument or a result of a module.
+
+    Attributes:
+      kind: "param", "cache", "input" or "output".
+      name: of it; a cache's result has its argument's name.
+      shape: of this rank's part; global_shape: of the whole.
+      slice: [start, stop) of the part by axis; None for the whole.
+      alias: of a result, the index of the argument whose memory it takes.
+    """
+
+    index: int
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    global_shape: tuple[int, ...]
+    slice: Slice | None
+    alias: int | None = None
+
+    def part(self, whole: np.ndarray) -> np.ndarray:
+        """This rank's part of the whole array."""
+        return whole if self.slice is None else whole[tuple(slice(*s) for s in self.slice)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One program of a bundle; `golden` is the folder's name under golden/, or None."""
+
+    name: str
+    kind: str
+    rank: int | None
+    golden: str | None
+    operator: str | None
+    arguments: tuple[Value, ...]
+    results: tuple[Value, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What runs together: one module, or those of all ranks, by rank."""
+
+    name: str
+    modules: tuple[Module, ...]
+
+    @property
+    def golden(self) -> str | None:
+        """See `Module`."""
+        return self.modules[0].golden
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Attributes: folder; manifest, params: as read (params by path); programs; ranks; partitioned: see `Program`s of
+    `spmd` "auto", which a compiler has to split over `ranks` devices by itself."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    params: dict[str, dict[str, Any]]
+    programs: tuple[Program, ...]
+    ranks: int
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether modules are global programs for a compiler that partitions."""
+        return self.manifest.get("spmd") == "auto" and self.ranks > 1
+
+    def module_bytes(self, module: Module) -> bytes:
+        """The portable artifact."""
+        return (self.folder / "modules" / f"{module.name}.vhlo.bc").read_bytes()
+
+    def select(self, pattern: str | None) -> list[Program]:
+        """The programs whose name, or a module's name, matches a shell pattern.
+
+        Raises:
+          InputError: if there is none.
+        """
+        chosen = [p for p in self.programs if pattern is None or _matches(p, pattern)]
+        if not chosen:
+            names = ", ".join(p.name for p in self.programs)
+            raise InputError(f"--modules {pattern}: expected a pattern for some of {names[:300]}, found none that fits")
+        return chosen
+
+
+def _matches(program: Program, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (program.name, *(m.name for m in program.modules)))
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Reads a bundle and checks all that can be checked without running it.
+
+    Raises:
+      InputError: naming the file and what is wrong with it: of a newer schema, of a changed or missing file, of JSON
+        that is not as the schema says.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    schema = manifest.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise InputError(f"{path}: schema: expected {SCHEMA}, found {reprlib.repr(schema)}")
+    if schema > SCHEMA:
+        raise InputError(f"{path}: schema: expected at most {SCHEMA}, found {schema}: made by a newer dsjax")
+    check_files(folder, manifest)
+    modules = [_module(path, entry) for entry in _list(path, manifest, "modules")]
+    if len({m.name for m in modules}) != len(modules):
+        raise InputError(f"{path}: modules: expected each name once")
+    for module in modules:
+        name = f"modules/{module.name}.vhlo.bc"
+        if name not in manifest["files"]:
+            raise InputError(f"{path}: files: expected {name}, found no entry")
+    mesh = manifest.get("mesh")
+    ranks = mesh.get("ranks") if isinstance(mesh, dict) else 1
+    if type(ranks) is not int or ranks < 1:
+        raise InputError(f"{path}: mesh: expected a number of ranks, found {reprlib.repr(ranks)}")
+    return Bundle(folder, manifest, _params(folder), _programs(path, modules, ranks), ranks)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      InputError: if the file is none, or holds none.
+    """
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except OSError as e:
+        raise InputError(f"{path}: expected a readable file, found: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: expected a JSON object, found: {e}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {reprlib.repr(value)}")
+    return value
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compares size and hash of every file that a manifest lists.
+
+    Raises:
+      InputError: naming the first that is not as listed.
+    """
+    path = folder / "manifest.json"
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise InputError(f"{path}: files: expected an object, found {reprlib.repr(files)}")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise InputError(f"{path}: files: {name}: expected bytes and sha256, found {reprlib.repr(entry)}")
+        file = folder / inside(path, name)
+        if not file.is_file():
+            raise InputError(f"{file}: expected a file that manifest.json lists, found none")
+        if file.stat().st_size != entry.get("bytes"):
+            raise InputError(f"{file}: expected {entry.get('bytes')} bytes, found {file.stat().st_size}")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            raise InputError(f"{file}: expected sha256 {entry['sha256']}, found {found}: the file was changed")
+
+
+def inside(path: Path, name: str) -> PurePosixPath:
+    """A relative path that stays in its folder.
+
+    Raises:
+      InputError: of another, naming the file that says it.
+    """
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise InputError(f"{path}: expected the path of a file inside, found {name!r}")
+    return pure
+
+
+def _list(path: Path, owner: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    found = owner.get(key)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise InputError(f"{path}: {key}: expected a list of objects, found {reprlib.repr(found)}")
+    return found
+
+
+def _module(path: Path, entry: dict[str, Any]) -> Module:
+    name, rank, golden = entry.get("name"), entry.get("rank"), entry.get("golden")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+        raise InputError(f"{path}: modules: expected a name of letters, digits and -, found {reprlib.repr(name)}")
+    if not (rank is None or (type(rank) is int and rank >= 0)):
+        raise InputError(f"{path}: {name}: rank: expected a number or null, found {reprlib.repr(rank)}")
+    if golden is not None and not (isinstance(golden, str) and re.fullmatch(r"golden/[\w.+-]+", golden)):
+        raise InputError(f"{path}: {name}: golden: expected golden/<name> or null, found {reprlib.repr(golden)}")
+    lists = []
+    for key in ("arguments", "results"):
+        values = tuple(_value(f"{path}: {name}: {key}", i, v) for i, v in enumerate(_list(path, entry, key)))
+        if len({v.name for v in values}) != len(values):
+            raise InputError(f"{path}: {name}: {key}: expected each name once")
+        lists.append(values)
+    kind, operator = str(entry.get("kind")), entry.get("operator")
+    folder = None if golden is None else golden.removeprefix("golden/")
+    return Module(name, kind, rank, folder, None if operator is None else str(operator), *lists)
+
+
+def _value(where: str, index: int, entry: dict[str, Any]) -> Value:
+    name, alias, kind = entry.get("name"), entry.get("alias"), entry.get("kind")
+    if not isinstance(name, str) or entry.get("index") != index or kind not in ("param", "cache", "input", "output"):
+        raise InputError(f"{where}: expected index {index}, a name and a kind, found {reprlib.repr(entry)}")
+    if not (alias is None or type(alias) is int):
+        raise InputError(f"{where}: {name}: alias: expected an index or null, found {reprlib.repr(alias)}")
+    try:
+        dtype = dtype_of(str(entry.get("dtype")))
+    except TypeError:
+        raise InputError(f"{where}: {name}: dtype: expected a type, found {entry.get('dtype')!r}") from None
+    shape, whole = sizes(where, name, entry.get("shape")), sizes(where, name, entry.get("global_shape"))
+    part = slices(where, name, entry.get("slice"), whole)
+    if tuple(stop - start for start, stop in part) != shape if part is not None else whole != shape:
+        raise InputError(f"{where}: {name}: expected a shape of what slice takes of {list(whole)}, found {list(shape)}")
+    return Value(index, kind, name, shape, dtype, whole, part, alias)
+
+
+def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
+    """A shape.
+
+    Raises:
+      InputError: of anything else.
+    """
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        raise InputError(f"{where}: {name}: expected a shape, found {reprlib.repr(value)}")
+    return tuple(value)
+
+
+def slices(where: str, name: str, value: Any, whole: tuple[int, ...]) -> Slice | None:
+    """[start, stop) by axis, or None.
+
+    Raises:
+      InputError: of anything else, or of what is not inside `whole`.
+    """
+    if value is None:
+        return None
+    fits = isinstance(value, list) and len(value) == len(whole)
+    if not fits or not all(_is_slice(pair, n) for pair, n in zip(value, whole, strict=True)):
+        raise InputError(f"{where}: {name}: slice: expected [start, stop] by axis of {list(whole)}, found {value!r}")
+    return tuple((start, stop) for start, stop in value)
+
+
+def _is_slice(pair: Any, size: int) -> bool:
+    two = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+    return two and 0 <= pair[0] <= pair[1] <= size
+
+
+def _programs(path: Path, modules: list[Module], ranks: int) -> tuple[Program, ...]:
+    """Modules by what runs together, in the manifest's order."""
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
+        name = module.name if module.rank is None else module.name.removesuffix(f"-rank{module.rank}")
+        groups.setdefault(name, []).append(module)
+    programs = []
+    for name, members in groups.items():
+        members.sort(key=lambda m: m.rank or 0)
+        found = [m.rank for m in members]
+        if found != [None] and found != list(range(ranks)):
+            raise InputError(f"{path}: {name}: expected ranks 0 to {ranks - 1}, found {found}")
+        if len({m.golden for m in members}) != 1:
+            raise InputError(f"{path}: {name}: expected one golden of all ranks")
+        programs.append(Program(name, tuple(members)))
+    return tuple(programs)
+
+
+def _params(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / "params.json"
+    if not path.exists():
+        return {}
+    return {str(entry.get("path")): entry for entry in _list(path, read_json(path), "arguments")}
+
+
+def open_arrays(path: Path) -> Files:
+    """The tensors of one safetensors file.
+
+    Raises:
+      InputError: if it is none.
+    """
+    return Files(path.parent, {tensor.name: tensor for tensor in read_tensors(path)})
+
+
+def byte_count(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bytes of an array in a file, in which two FP4 codes share one."""
+    count = math.prod(shape)
+    return count // 2 if dtype.name == "float4_e2m1fn" else count * dtype.itemsize

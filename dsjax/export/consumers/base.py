@@ -1,0 +1,124 @@
+"""What all consumers of a bundle's modules have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax._src.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+
+from dsjax.export.artifact import artifact_version
+
+Arrays = list[np.ndarray]
+
+
+class Refused(Exception):
+    """A consumer's compiler or runtime does not take a module, or gave up on it; one line says why.
+
+    Attributes:
+      state: "refused" or "too slow".
+    """
+
+    def __init__(self, message: str, state: str = "refused") -> None:
+        super().__init__(" ".join(message.split())[:400])
+        self.state = state
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """Results of all ranks, and how they ran together: "" for one rank."""
+
+    results: list[Arrays]
+    how: str = ""
+
+
+class Consumer(Protocol):
+    """Somebody who takes portable StableHLO."""
+
+    name: str
+    executes: bool
+    """Whether it runs programs; otherwise it only compiles them."""
+
+    def available(self) -> str | None:
+        """None, or what is missing, in words."""
+
+    def run(self, module: bytes, arguments: Arrays) -> Arrays:
+        """The results of one program, in order.
+
+        Raises:
+          Refused: see there.
+        """
+
+    def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
+        """The results of the programs of all ranks, which run together; raises as `run` does."""
+
+    def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
+        """Only compiles the program, or those of all ranks, and gives what is known then; raises as `run` does."""
+
+    def exception(self, arguments: Sequence[Arrays]) -> str | None:
+        """A documented reason for which this consumer's results depart on such arguments, or None."""
+
+
+def new_context() -> ir.Context:
+    """An MLIR context that knows StableHLO and the interpreter's own dialect."""
+    context = mlir.make_ir_context()
+    stablehlo.register_interpreter_dialect(context)
+    return context
+
+
+def parse(module: bytes, context: ir.Context) -> ir.Module:
+    """A portable artifact as a module of the context.
+
+    Raises:
+      Refused: if it is none, or of a version that this jaxlib does not know.
+    """
+    said: list[str] = []
+
+    def take(diagnostic: Any) -> bool:  # MLIR would write it to standard error
+        said.append(str(diagnostic.message))
+        return True
+
+    handler: Any = context.attach_diagnostic_handler(take)
+    try:
+        artifact_version(module)
+        with context:
+            return stablehlo.deserialize_portable_artifact(context, module)
+    except (ValueError, ir.MLIRError) as e:
+        raise Refused(f"expected a portable StableHLO artifact, found: {said[0] if said else e}") from None
+    finally:
+        handler.detach()
+
+
+def serialise(module: ir.Module) -> bytes:
+    """A module as a portable artifact of this jaxlib's own version."""
+    with module.context:
+        return stablehlo.serialize_portable_artifact(module, stablehlo.get_current_version())
+
+
+def functions(module: ir.Module) -> dict[str, Any]:
+    """The module's functions by name; who keeps one of them has to keep the module."""
+    operations: Any = module.body.operations
+    return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
+
+
+def main_function(module: ir.Module) -> Any:
+    """The function that a module is run by: "main", or its only public one.
+
+    Raises:
+      Refused: if there is none.
+    """
+    found = functions(module)
+    public = [f for f in found.values() if "sym_visibility" not in f.attributes or _visibility(f) == "public"]
+    if "main" in found:
+        return found["main"]
+    if len(public) != 1:
+        raise Refused(f"expected a function main, found {', '.join(found) or 'no function'}")
+    return public[0]
+
+
+def _visibility(function: Any) -> str:
+    return str(function.attributes["sym_visibility"].value)

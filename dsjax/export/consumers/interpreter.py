@@ -1,0 +1,162 @@
+"""The reference interpreter of StableHLO, which is part of jaxlib: slow, and the closest there is to the specification.
+
+It runs all ranks of a program together (`interpreter.run_parallel`) where the machine has a core for each: each rank
+takes a thread of a pool of as many as there are cores, and a rank that waits three seconds for the others aborts the
+process. Elsewhere the ranks are made one program first: see `lockstep`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func, stablehlo
+
+from dsjax.export.consumers.base import Arrays, Ran, functions, main_function, new_context, parse
+from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.consumers.lockstep import run_merged
+from dsjax.export.consumers.worker import isolated
+
+_TASK = "dsjax.export.consumers.interpreter:evaluate"
+
+
+class Interpreter:
+    """See the top of this file."""
+
+    name = "interpreter"
+    executes = True
+
+    def __init__(self, time_limit: float = 600.0) -> None:
+        self._time_limit = time_limit
+
+    def available(self) -> str | None:
+        """None: it comes with jaxlib."""
+        return None
+
+    def run(self, module: bytes, arguments: Arrays) -> Arrays:
+        """See `Consumer.run`."""
+        return isolated(_TASK, [module], [arguments], time_limit=self._time_limit)[0][0]
+
+    def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
+        """See `Consumer.run_ranks`."""
+        if len(modules) > len(os.sched_getaffinity(0)):
+            return run_merged(self, modules, arguments)
+        return Ran(isolated(_TASK, modules, arguments, time_limit=self._time_limit)[0], "in parallel")
+
+    def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
+        """Reads and checks the modules; there is nothing to compile."""
+        for module in modules:
+            parse(module, new_context()).operation.verify()
+        return {}
+
+    def exception(self, arguments: Sequence[Arrays]) -> str | None:
+        """E8M0's NaN is read as infinity."""
+        found = any(
+            a.dtype == ml_dtypes.float8_e8m0fnu and (a.view(np.uint8) == 0xFF).any() for r in arguments for a in r
+        )
+        return "reads the E8M0 code 0xFF, a NaN, as infinity" if found else None
+
+
+def evaluate(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
+    """A `Task`: one program, or the programs of several ranks together."""
+    context = new_context()
+    parsed = [parse(m, context) for m in modules]
+    with context, ir.Location.unknown():
+        wanted = [[_dtype(kind) for kind in main_function(m).type.results] for m in parsed]
+        for module in parsed:
+            _plain_results(main_function(module))
+        given = [
+            _attribute(array, kind)
+            for module, arrays in zip(parsed, arguments, strict=True)
+            for array, kind in zip(arrays, main_function(module).type.inputs, strict=True)
+        ]
+        program = parsed[0] if len(parsed) == 1 else _together(parsed)
+        flat = iter(stablehlo.eval_module(program, given))
+        return [[_typed(np.array(next(flat)), dtype) for dtype in dtypes] for dtypes in wanted], {}
+
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "f4E2M1FN": "float4_e2m1fn",
+    "f8E8M0FNU": "float8_e8m0fnu",
+    "f8E4M3FN": "float8_e4m3fn",
+    "f8E5M2": "float8_e5m2",
+}
+
+
+def _dtype(kind: Any) -> np.dtype | None:
+    """The type of a result that NumPy itself has no type for, else None."""
+    name = str(ir.RankedTensorType(kind).element_type)
+    return dtype_of(_DTYPES[name]) if name in _DTYPES else None
+
+
+def _typed(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """A result as `_plain_results` gave it, in its own type."""
+    if dtype is None:
+        return array
+    return array.astype(dtype) if array.dtype == np.float32 else array.view(dtype)
+
+
+def _attribute(array: np.ndarray, kind: Any) -> Any:
+    """An argument as MLIR takes it: types that Python's buffers do not have as their bits, with the type named."""
+    element = ir.RankedTensorType(kind).element_type
+    plain = array.dtype.kind in "iub" or array.dtype.name in ("float16", "float32", "float64")
+    bits: Any = array if plain else array.view(f"u{array.dtype.itemsize}")
+    # Not ascontiguousarray: an array of no dimensions must stay one.
+    bits = np.asarray(bits, order="C")
+    return ir.DenseElementsAttr.get(bits, type=element, shape=array.shape)
+
+
+def _plain_results(main: Any) -> None:
+    """Makes a function give float types that NumPy has not as their bits, those of less than a byte as float32."""
+    block = main.regions[0].blocks[0]
+    end = list(block.operations)[-1]
+    with ir.InsertionPoint(end):
+        for i, value in enumerate(list(end.operands)):
+            kind = ir.RankedTensorType(value.type)
+            element = kind.element_type
+            plain = ir.F16Type, ir.F32Type, ir.F64Type
+            if isinstance(element, ir.FloatType) and not any(isinstance(element, t) for t in plain):
+                if element.width < 8:
+                    cast: Any = stablehlo.ConvertOp(ir.RankedTensorType.get(kind.shape, ir.F32Type.get()), value)
+                else:
+                    bits = ir.IntegerType.get_unsigned(element.width)
+                    cast = stablehlo.BitcastConvertOp(ir.RankedTensorType.get(kind.shape, bits), value)
+                end.operands[i] = cast.result
+    results = [v.type for v in end.operands]
+    main.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(main.type.inputs, results))
+
+
+def _together(modules: list[ir.Module]) -> ir.Module:
+    """One module whose main runs the programs of all ranks in parallel, as the partitions of one replica."""
+    program = ir.Module.create()
+    inputs: list[Any] = []
+    outputs: list[Any] = []
+    names = []
+    for rank, module in enumerate(modules):
+        main = main_function(module)
+        names.append(f"rank{rank}_{main.attributes['sym_name'].value}")
+        inputs += main.type.inputs
+        outputs += main.type.results
+        for name, function in functions(module).items():
+            ir.SymbolTable.replace_all_symbol_uses(name, f"rank{rank}_{name}", module.operation)
+            ir.SymbolTable.set_symbol_name(function, f"rank{rank}_{name}")
+            ir.SymbolTable.set_visibility(function, "private")
+            function.operation.clone(ir.InsertionPoint(program.body))
+    with ir.InsertionPoint(program.body):
+        entry: Any = func.FuncOp("main", (inputs, outputs))
+        block = entry.add_entry_block()
+        with ir.InsertionPoint(block):
+            refs = ir.ArrayAttr.get([ir.FlatSymbolRefAttr.get(name) for name in names])
+            run = ir.Operation.create(
+                "interpreter.run_parallel",
+                results=outputs,
+                operands=list(block.arguments),
+                attributes={"programs": ir.ArrayAttr.get([refs])},
+            )
+            func.ReturnOp(list(run.results))
+    return program

@@ -1,0 +1,117 @@
+"""IREE: a compiler and runtime that are not XLA's, on the CPU by LLVM.
+
+The compiler reads the portable artifact itself. Donated arguments are not aliased: its runtime makes new buffers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsjax.export.consumers.base import Arrays, Ran, Refused, main_function, new_context, parse
+from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.consumers.lockstep import merge, run_merged
+from dsjax.export.consumers.worker import isolated
+
+FLAGS = (
+    "--iree-hal-target-device=local",
+    "--iree-hal-local-target-device-backends=llvm-cpu",
+    "--iree-llvmcpu-target-cpu=host",
+)
+_TASK = "dsjax.export.consumers.iree:execute"
+_ELEMENTS = {
+    "bool": "BOOL_8",
+    "bfloat16": "BFLOAT_16",
+    "float8_e4m3fn": "FLOAT_8_E4M3_FN",
+    "float8_e5m2": "FLOAT_8_E5M2",
+    "float8_e8m0fnu": "FLOAT_8_E8M0_FNU",
+    **{f"float{n}": f"FLOAT_{n}" for n in (16, 32, 64)},
+    **{f"int{n}": f"SINT_{n}" for n in (8, 16, 32, 64)},
+    **{f"uint{n}": f"UINT_{n}" for n in (8, 16, 32, 64)},
+}
+
+
+class Iree:
+    """See the top of this file."""
+
+    name = "iree"
+    executes = True
+
+    def __init__(self, time_limit: float = 600.0) -> None:
+        self._time_limit = time_limit
+
+    def available(self) -> str | None:
+        """None, or which package is missing."""
+        found = importlib.util.find_spec("iree") and all(
+            map(importlib.util.find_spec, ("iree.compiler", "iree.runtime"))
+        )
+        return None if found else "expected iree-base-compiler and iree-base-runtime (the extra verify), found none"
+
+    def run(self, module: bytes, arguments: Arrays) -> Arrays:
+        """See `Consumer.run`."""
+        return isolated(_TASK, [module], [arguments], time_limit=self._time_limit)[0][0]
+
+    def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
+        """See `Consumer.run_ranks`: as one program, since its CPU runtime has no collectives."""
+        return run_merged(self, modules, arguments)
+
+    def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
+        """See `Consumer.compile`."""
+        module = modules[0] if len(modules) == 1 else merge(modules)
+        return isolated(_TASK, [module], time_limit=self._time_limit)[1]
+
+    def exception(self, arguments: Sequence[Arrays]) -> str | None:
+        """Its decoders of FP8 have two codes wrong: the negative NaN of E4M3, and the smallest E8M0."""
+        wrong = []
+        for name, code, found in (("float8_e4m3fn", 0xFF, "-480, not NaN"), ("float8_e8m0fnu", 0, "0, not 2^-127")):
+            dtype = np.dtype(getattr(ml_dtypes, name))
+            if any(a.dtype == dtype and (a.view(np.uint8) == code).any() for rank in arguments for a in rank):
+                wrong.append(f"{name} {code:#04x} as {found}")
+        return f"reads {' and '.join(wrong)}" if wrong else None
+
+
+def execute(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
+    """A `Task`: compiles the program, and runs it if there are arguments."""
+    import iree.compiler
+    import iree.runtime as runtime
+
+    parsed = parse(modules[0], new_context())
+    function = str(main_function(parsed).attributes["sym_name"].value)
+    code = iree.compiler.compile_str(modules[0], input_type="stablehlo", extra_args=list(FLAGS))
+    if not arguments:
+        return [], {"code_bytes": len(code)}
+    config = runtime.Config("local-sync")
+    system = runtime.SystemContext(config=config)
+    module = runtime.VmModule.copy_buffer(system.instance, code)
+    system.add_vm_module(module)
+    given, results = runtime.VmVariantList(len(arguments[0])), runtime.VmVariantList(1)
+    for array in arguments[0]:
+        given.push_ref(_view(runtime, config.device, array))
+    system.vm_context.invoke(module.lookup_function(function), given, results)
+    names = {value.removeprefix("S"): name for name, value in _ELEMENTS.items()}
+    out = []
+    for i in range(results.size):
+        view = results.get_as_object(i, runtime.HalBufferView)
+        dtype = dtype_of(names[runtime.HalElementType(view.element_type).name.removeprefix("S")])
+        mapped = view.map().asarray(view.shape, np.dtype(f"u{dtype.itemsize}"))
+        out.append(np.array(mapped).view(dtype))
+    return [out], {}
+
+
+def _view(runtime: Any, device: Any, array: np.ndarray) -> Any:
+    """An argument as the runtime's buffer, its element type named."""
+    element = _ELEMENTS.get(array.dtype.name)
+    if element is None:
+        raise Refused(f"its runtime has no arguments of {array.dtype.name}")
+    bits = np.asarray(array.view(f"u{array.dtype.itemsize}"), order="C")
+    return device.allocator.allocate_buffer_copy(
+        memory_type=runtime.MemoryType.DEVICE_LOCAL,
+        allowed_usage=runtime.BufferUsage.DEFAULT | runtime.BufferUsage.MAPPING,
+        device=device,
+        buffer=bits,
+        element_type=getattr(runtime.HalElementType, element),
+    )

@@ -1,0 +1,110 @@
+"""A module file given to XLA through a PJRT client: what jax, pjrt and tpu-aot have in common.
+
+The file is what is compiled, not a function that JAX traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import compiler
+from jaxlib import _jax
+from jaxlib.mlir import ir
+
+from dsjax.export.consumers.base import Arrays, Refused, new_context, parse, serialise
+from dsjax.export.consumers.collectives import COLLECTIVES
+
+Devices = Sequence[jax.Device]
+
+
+def compiled(devices: Devices, module: bytes, options: Mapping[str, Any], partitions: bool = False) -> Any:
+    """An executable of a program, for one device or for several that run it together.
+
+    Args:
+      devices: one, or one for each rank.
+      module: a portable artifact. For several devices see `as_replica`.
+      options: of the compiler, as `dsjax.backend.compiler_options` gives them.
+      partitions: whether the compiler splits the program over the devices by the shardings in it.
+
+    Raises:
+      Refused: with the compiler's reason.
+    """
+    client = devices[0].client
+    ids = np.array([[d.id for d in devices]]) if partitions else np.array([[d.id] for d in devices])
+    replicas, parts = ids.shape
+    chosen = compiler.get_compile_options(replicas, parts, ids, env_options_overrides=dict(options), backend=client)
+    parsed = parse(module, new_context())
+    if "sym_name" not in parsed.operation.attributes:  # by which JAX's logs speak of it
+        with parsed.context:
+            parsed.operation.attributes["sym_name"] = ir.StringAttr.get("module")
+    try:
+        return compiler.backend_compile_and_load(client, parsed, _jax.DeviceList(tuple(devices)), chosen, [])
+    except jax.errors.JaxRuntimeError as e:
+        raise Refused(f"the compiler: {e}") from None
+
+
+def run(device: jax.Device, module: bytes, arguments: Arrays, options: Mapping[str, Any]) -> Arrays:
+    """The results of a program on one device; raises as `compiled` does."""
+    return run_replicas([device], module, [arguments], options)[0]
+
+
+def run_replicas(
+    devices: Devices, module: bytes, arguments: Sequence[Arrays], options: Mapping[str, Any]
+) -> list[Arrays]:
+    """The results of one program on each of several devices, which take part in its collectives."""
+    executable = compiled(devices, module, options)
+    with jax.enable_x64(True):  # an argument of 64 bits is not to be made one of 32
+        given = [_across(devices, parts) for parts in zip(*arguments, strict=True)]
+    try:
+        columns = executable.execute_sharded(given).disassemble_into_single_device_arrays()
+        return [[np.asarray(column[i]) for column in columns] for i in range(len(devices))]
+    except jax.errors.JaxRuntimeError as e:
+        raise Refused(f"the runtime: {e}") from None
+
+
+def _across(devices: Devices, parts: Sequence[np.ndarray]) -> jax.Array:
+    """One array that holds each device's own argument, along a leading axis of devices."""
+    placed = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+    if len(devices) == 1:
+        return placed[0]
+    mesh = jax.sharding.Mesh(np.array(devices), ("rank",))
+    shape = (len(devices) * parts[0].shape[0], *parts[0].shape[1:]) if parts[0].ndim else ()
+    spec = jax.sharding.PartitionSpec("rank") if parts[0].ndim else jax.sharding.PartitionSpec()
+    return jax.make_array_from_single_device_arrays(shape, jax.sharding.NamedSharding(mesh, spec), placed)
+
+
+def as_replica(modules: Sequence[bytes]) -> bytes | None:
+    """The one program that all ranks run, as a replica's, or None if theirs differ.
+
+    A rank's collectives name the partitions of one program. XLA partitions only what is annotated for it, so here the
+    same ranks are replicas of a program: collectives lose their channel, and a rank's number is the replica's.
+    """
+    if any(module != modules[0] for module in modules):
+        return None
+    context = new_context()
+    module = parse(modules[0], context)
+    with context, ir.Location.unknown():
+        for function in module.body.operations:
+            for block in function.regions[0].blocks:
+                _to_replica(block)
+        return serialise(module)
+
+
+def _to_replica(block: Any) -> None:
+    for op in list(block.operations):
+        for region in op.regions:
+            for inner in region.blocks:
+                _to_replica(inner)
+        name = op.operation.name
+        if name in COLLECTIVES:
+            for attribute in ("channel_handle", "channel_id", "use_global_device_ids"):
+                if attribute in op.operation.attributes:
+                    del op.operation.attributes[attribute]
+        elif name == "stablehlo.partition_id":
+            with ir.InsertionPoint(op):
+                number = ir.Operation.create("stablehlo.replica_id", results=[op.operation.results[0].type])
+            op.operation.results[0].replace_all_uses_with(number.results[0])
+            op.operation.erase()

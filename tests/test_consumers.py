@@ -1,0 +1,219 @@
+"""Each consumer by itself: element types, ranks, refusals, and how long the interpreter says that it will take."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from verify_bundles import RANKS, decode, lift, portable, ranked, typed, write_bundle
+
+from dsjax.export.artifact import serialise
+from dsjax.export.consumers import consumer
+from dsjax.export.consumers.base import Refused, new_context, parse
+from dsjax.export.consumers.estimate import estimate_seconds
+from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.consumers.interpreter import Interpreter, evaluate
+from dsjax.export.consumers.lockstep import merge
+from dsjax.export.consumers.tpu_aot import TpuAot
+from dsjax.export.consumers.worker import isolated
+from dsjax.export.verify import verify
+
+
+def _plugin() -> Path:
+    found = importlib.util.find_spec("xla_plugins")
+    folders = [] if found is None else list(found.submodule_search_locations or [])
+    return Path(next(iter(folders), ".")) / "xla_cpu_pjrt" / "xla_cpu_pjrt.so"
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+MARKED = [
+    "interpreter",
+    "jax",
+    pytest.param("iree", marks=pytest.mark.verify),
+    pytest.param("pjrt", marks=pytest.mark.verify),
+]
+
+
+@pytest.fixture(params=MARKED)
+def name(request: pytest.FixtureRequest) -> str:
+    if request.param == "pjrt":
+        return f"pjrt:{_plugin()}"
+    return str(request.param)
+
+
+def test_element_types_in_and_out(name: str) -> None:
+    """Arrays of every type that a bundle has come back as they went in, one of no dimensions among them."""
+    floats = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"]
+    names = [*floats, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32))]
+    given = [np.arange(1, 5).astype(dtype_of(n)) for n in names] + [np.array(7, np.int32)]
+
+    def turn(*arrays: Any) -> Any:  # an identity would be no program at all
+        return [jnp.concatenate([x[1:], x[:1]]) if x.ndim else x + 1 for x in arrays]
+
+    found = consumer(name).run(portable(jax.jit(turn).lower(*given)), given)
+    for x, y in zip(given, found, strict=True):
+        assert y.dtype == x.dtype and y.shape == x.shape
+        np.testing.assert_array_equal(y.astype(np.float32), np.roll(x.astype(np.float32), -1) if x.ndim else 8)
+
+
+def test_bundles_agree(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "bundle", [decode(), typed(), ranked(), ranked_apart()])
+    report = verify(bundle, [name], say=_quiet)
+    assert report["passed"], report
+    assert {r["state"] for by in report["programs"].values() for r in by.values()} == {"agreed"}
+    assert capfd.readouterr().err == ""
+
+
+def ranked_apart() -> Any:
+    """The program of four ranks in which each has its number as a constant."""
+    example = ranked(constant_rank=True)
+    example.name = "decode-b3-s4"
+    return example
+
+
+def _two_ranks(body: Callable[[Any], Any], shape: tuple[int, ...]) -> tuple[bytes, np.ndarray]:
+    """The artifact of a function of two ranks, and a whole argument, split by its first axis."""
+    mesh = jax.make_mesh((2,), ("r",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P("r"), out_specs=P("r"), check_vma=False)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return serialise(lift(jax.jit(mapped).lower(x), {}), "1.1.0"), x
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each rank")
+def test_the_interpreter_runs_ranks_in_parallel_as_written_out() -> None:
+    code, x = _two_ranks(lambda x: jax.lax.psum(x, "r") + jax.lax.axis_index("r"), (4, 3))
+    given = [[x[:2]], [x[2:]]]
+    ran = Interpreter().run_ranks([code] * 2, given)
+    assert ran.how == "in parallel"
+    merged = evaluate([merge([code] * 2)], [[x[:2], x[2:]]], {})[0][0]
+    for rank in range(2):
+        np.testing.assert_array_equal(ran.results[rank][0], x[:2] + x[2:] + rank)
+        np.testing.assert_array_equal(merged[rank], ran.results[rank][0])
+
+
+def test_ranks_that_meet_in_different_collectives_are_refused() -> None:
+    one, _ = _two_ranks(lambda x: jax.lax.psum(x, "r"), (4, 3))
+    other, _ = _two_ranks(lambda x: jax.lax.ppermute(x, "r", [(0, 1)]), (4, 3))
+    none, _ = _two_ranks(lambda x: x + 1, (4, 3))
+    with pytest.raises(Refused, match=r"ranks meet in different instructions: stablehlo.all_reduce, stablehlo.coll"):
+        merge([one, other])
+    with pytest.raises(Refused, match="expected each to take part in the same collectives, found 1 in all"):
+        merge([one, none])
+
+
+def test_groups_of_ranks_are_kept_apart() -> None:
+    """Two groups on a mesh of two axes: each is summed by itself."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    both = P(("dp", "tp"))
+    mapped = jax.shard_map(lambda x: jax.lax.psum(x, "dp"), mesh=mesh, in_specs=both, out_specs=both, check_vma=False)
+    x = np.arange(4, dtype=np.float32)
+    code = serialise(lift(jax.jit(mapped).lower(x), {}), "1.1.0")
+    ran = consumer("jax").run_ranks([code] * 4, [[x[r : r + 1]] for r in range(4)])
+    merged = evaluate([merge([code] * 4)], [[x[r : r + 1] for r in range(4)]], {})[0][0]
+    for found in ([r[0] for r in ran.results], merged):
+        np.testing.assert_array_equal(np.concatenate(found), [2, 4, 2, 4])
+
+
+def test_a_process_that_dies_costs_one_line() -> None:
+    code, x = _two_ranks(lambda x: jax.lax.psum(x, "r"), (4, 3))
+    with pytest.raises(Refused, match="signal SIGABRT: LLVM ERROR: all_reduce is only supported") as e:
+        Interpreter().run(code, [x[:2]])
+    assert "\n" not in str(e.value)
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(Refused, match=r"not done within --time-limit 0\.01 s") as e:
+        isolated("dsjax.export.consumers.interpreter:evaluate", [], time_limit=0.01)
+    assert e.value.state == "too slow"
+
+
+@pytest.mark.parametrize("data", [b"", b"ML\xefR", b"ML\xefR\rStableHLO_v1.8.0\x00", b"module {}"])
+def test_what_is_no_artifact_is_refused(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Refused, match="expected a portable StableHLO artifact"):
+        parse(data, new_context())
+    assert capfd.readouterr().err == ""
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (lambda a, b: a @ b, [_normal(64, 128), _normal(128, 128)]),
+        (
+            lambda x, w: jax.lax.scan(lambda c, wi: (jnp.tanh(c @ wi), c.sum()), x, w),
+            [_normal(16, 64), _normal(12, 64, 64)],
+        ),
+        (lambda a: jnp.sort(a, axis=1), [_normal(8, 1024)]),
+    ],
+)
+def test_the_estimate_is_near(function: Callable[..., Any], arguments: list[np.ndarray]) -> None:
+    """Within a factor of five, on a machine that does other things too."""
+    code = portable(jax.jit(function).lower(*arguments))
+    estimate = estimate_seconds(code)
+    start = time.perf_counter()
+    evaluate([code], [arguments], {})
+    assert estimate.exact
+    assert 0.2 < estimate.seconds / (time.perf_counter() - start) < 5
+
+
+def test_the_estimate_says_where_it_is_a_lower_bound() -> None:
+    code = portable(
+        jax.jit(lambda n, x: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)).lower(np.int32(3), _normal(100, 100))
+    )
+    assert str(estimate_seconds(code)) == "at least 1 s"
+
+
+@pytest.mark.verify
+def test_the_documented_exceptions_of_iree(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", [typed(codes=[1, 0xFF], scales=[0, 127])])
+    found = verify(bundle, ["iree"], say=_quiet)["programs"]["block-decode-0"]["iree"]
+    assert found["state"] == "excepted"
+    assert "0xff as -480" in found["note"] and "0x00 as 0" in found["note"]
+
+
+@pytest.mark.aot
+def test_tpu_compilers_take_the_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "bundle", [decode(), ranked()])
+    report = verify(bundle, ["tpu-aot:v5e:2x2", "tpu-aot:tpu7x:2x2x1"], say=_quiet)
+    assert report["passed"], report
+    for by in report["programs"].values():
+        for found in by.values():
+            assert found["state"] == "accepted"
+            assert found["memory"]["argument_bytes"] > 0 and found["memory"]["alias_bytes"] > 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.aot
+def test_tpu_topologies_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(Refused, match=r"expected 8 devices, found 4 in v5e:2x2"):
+        TpuAot("v5e:2x2").compile(ranked().modules * 2)
+    with pytest.raises(Refused, match=r"^tpu-aot:v7x:2x2: expected a topology"):
+        TpuAot("v7x:2x2").compile(decode().modules)
+
+
+@pytest.mark.aot
+def test_a_global_program_is_split_by_the_compiler() -> None:
+    """What `--spmd auto` exports: one program with shardings, for four devices; each holds a quarter."""
+    mesh = jax.make_mesh((RANKS,), ("tp",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, P(None, "tp"))
+    function = jax.jit(lambda a, b: a @ b, in_shardings=where, out_shardings=where)
+    shape = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    code = serialise(function.lower(shape, shape).compiler_ir("stablehlo"), "1.8.0")
+    found = TpuAot("v5e:2x2").compile([code], partitions=RANKS)
+    assert found["argument_bytes"] == 2 * 1024 * 1024 * 4 // RANKS
