@@ -176,8 +176,7 @@ class Operator(Generic[P, R]):
         if not trace.outline and trace.sink is None:
             return body(*args, **kwargs)
         with _with(outline=False, sink=None):
-            closed, inputs, tree = _close(body, args, kwargs)
-            function = jaxpr_as_fun(closed)
+            function, inputs, tree = _close(body, args, kwargs)
             if trace.outline:
 
                 def outlined(*arrays: jax.Array) -> Any:
@@ -200,8 +199,8 @@ class Operator(Generic[P, R]):
         return result
 
 
-def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[jax.Array], Any]:
-    """A call as a jaxpr of arrays alone: (closed jaxpr, its inputs, the tree of its outputs).
+def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[..., list[jax.Array]], list[Any], Any]:
+    """A call as a function of arrays alone: (function, its inputs, the tree of its outputs).
 
     Arrays that the arguments' functions have from outside become inputs, too.
     """
@@ -220,12 +219,15 @@ def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[
 
     arrays = [leaves[i] for i in places]
     closed = jax.make_jaxpr(flat)(*arrays)
-    constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    traced = [(v, c) for v, c in constants if isinstance(c, jax.core.Tracer)]
-    kept = [(v, c) for v, c in constants if not isinstance(c, jax.core.Tracer)]
-    inputs = [v for v, _ in traced] + closed.jaxpr.invars
-    jaxpr = closed.jaxpr.replace(constvars=[v for v, _ in kept], invars=inputs, debug_info=None)
-    return ClosedJaxpr(jaxpr, [c for _, c in kept]), [c for _, c in traced] + arrays, found[-1]
+    hoisted = [c for c in closed.consts if isinstance(c, jax.core.Tracer)]
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        given = iter(inputs[: len(hoisted)])
+        constants = [next(given) if isinstance(c, jax.core.Tracer) else c for c in closed.consts]
+        outputs: list[jax.Array] = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*inputs[len(hoisted) :])
+        return outputs
+
+    return run, hoisted + arrays, found[-1]
 
 
 OPERATORS: dict[str, Operator[Any, Any]] = {}
