@@ -117,7 +117,7 @@ def module_problems(bundle: Bundle, module: Module) -> list[str]:
     except Refused as e:
         return [*found, f"{module.name}: {e}"]
     found += _type_problems(module, "arguments", main) + _type_problems(module, "results", main)
-    aliases = _aliases(main, len(module.arguments))
+    aliases = _aliases(main)
     for value in module.results:
         if value.alias is not None and aliases.get(value.index) != value.alias:
             where = aliases.get(value.index)
@@ -154,11 +154,11 @@ def type_text(shape: tuple[int, ...], dtype: np.dtype) -> str:
     return f"tensor<{''.join(f'{n}x' for n in shape)}{element}>"
 
 
-def _aliases(main: Any, count: int) -> dict[int, int]:
+def _aliases(main: Any) -> dict[int, int]:
     """Which argument's memory each result takes."""
     found = {}
-    for i in range(count if len(main.arguments) >= count else len(main.arguments)):
-        attributes = ir.DictAttr(main.arg_attrs[i])
+    each: Any = main.attributes.get("arg_attrs", [])
+    for i, attributes in enumerate(each):
         if "tf.aliasing_output" in attributes:
             found[ir.IntegerAttr(attributes["tf.aliasing_output"]).value] = i
     return found

@@ -105,6 +105,21 @@ def functions(module: ir.Module) -> dict[str, Any]:
     return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
 
 
+def copy_functions(module: ir.Module, program: ir.Module, prefix: str) -> dict[str, Any]:
+    """Copies a module's functions into another module, private and under prefixed names; the module keeps those names.
+
+    Returns:
+      The copies by their new names.
+    """
+    found = functions(module)
+    for name, function in found.items():  # all of them first: a copy's calls are renamed no more
+        ir.SymbolTable.replace_all_symbol_uses(name, prefix + name, module.operation)
+        ir.SymbolTable.set_symbol_name(function, prefix + name)
+        ir.SymbolTable.set_visibility(function, "private")
+    end = ir.InsertionPoint(program.body)
+    return {prefix + name: function.operation.clone(end) for name, function in found.items()}
+
+
 def main_function(module: ir.Module) -> Any:
     """The function that a module is run by: "main", or its only public one.
 

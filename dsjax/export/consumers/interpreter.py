@@ -16,7 +16,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func, stablehlo
 
-from dsjax.export.consumers.base import Arrays, Ran, functions, main_function, new_context, parse
+from dsjax.export.consumers.base import Arrays, Ran, copy_functions, main_function, new_context, parse
 from dsjax.export.consumers.exchange import dtype_of
 from dsjax.export.consumers.lockstep import run_merged
 from dsjax.export.consumers.worker import isolated
@@ -142,11 +142,7 @@ def _together(modules: list[ir.Module]) -> ir.Module:
         names.append(f"rank{rank}_{main.attributes['sym_name'].value}")
         inputs += main.type.inputs
         outputs += main.type.results
-        for name, function in functions(module).items():
-            ir.SymbolTable.replace_all_symbol_uses(name, f"rank{rank}_{name}", module.operation)
-            ir.SymbolTable.set_symbol_name(function, f"rank{rank}_{name}")
-            ir.SymbolTable.set_visibility(function, "private")
-            function.operation.clone(ir.InsertionPoint(program.body))
+        copy_functions(module, program, f"rank{rank}_")
     with ir.InsertionPoint(program.body):
         entry: Any = func.FuncOp("main", (inputs, outputs))
         block = entry.add_entry_block()

@@ -18,7 +18,7 @@ from dsjax.export.consumers.base import (
     Consumer,
     Ran,
     Refused,
-    functions,
+    copy_functions,
     main_function,
     new_context,
     parse,
@@ -65,10 +65,7 @@ def _side_by_side(modules: list[ir.Module]) -> ir.Module:
     for rank, module in enumerate(modules):
         calls = _Calls()
         start = f"rank{rank}_{mains[rank].attributes['sym_name'].value}"
-        for name, function in functions(module).items():
-            ir.SymbolTable.replace_all_symbol_uses(name, f"rank{rank}_{name}", module.operation)
-            ir.SymbolTable.set_symbol_name(function, f"rank{rank}_{name}")
-            calls.entries[f"rank{rank}_{name}"] = function.operation.clone(ir.InsertionPoint(program.body))
+        calls.entries = copy_functions(module, program, f"rank{rank}_")
         for copy in calls.entries.values():
             _number(copy.regions[0].blocks[0], rank)
         body = calls.entries[start].regions[0].blocks[0]
