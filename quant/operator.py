@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -25,6 +25,10 @@ R = TypeVar("R")
 
 PREFIX = "dsjax."
 """What the names of outlined functions start with."""
+
+
+class VariantError(ValueError):
+    """A variant cannot compute what it is given. Raised by variants, while a program is traced."""
 
 
 @runtime_checkable
@@ -82,6 +86,11 @@ def choosing(choices: Mapping[str, str], platform: str | None = None) -> Iterato
         yield
 
 
+def current() -> Hashable:
+    """How operators are traced here: part of the key of every program that is kept."""
+    return _trace.value
+
+
 @contextlib.contextmanager
 def outlining() -> Iterator[None]:
     """Calls of operators are functions named `dsjax.<operator>`."""
@@ -134,23 +143,30 @@ class Operator(Generic[P, R]):
         self.platforms = dict(platforms)
         self.variants = {first: Variant(first, body, 0.0, (body.__doc__ or name).strip().splitlines()[0])}
 
-    def variant(self, name: str, *, bound: float, says: str = "") -> Callable[[Callable[..., R]], Callable[..., R]]:
+    def variant(
+        self, name: str, *, bound: float, says: str = "", platforms: Sequence[str] = ()
+    ) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Registers the decorated function as a variant, also from outside this code base.
 
         Args:
           name: not taken yet.
           bound: see `Variant`.
           says: see `Variant`; the first line of the function's docstring by default.
+          platforms: those that take it unless another is chosen; to be said before a program for one is traced.
 
         Raises:
-          ValueError: if there is a variant of that name.
+          ValueError: if there is a variant of that name, or another one that one of the platforms takes.
         """
         if name in self.variants:
             raise ValueError(f"operator {self.name}: variant {name} exists already")
+        for platform in platforms:
+            if platform in self.platforms:
+                raise ValueError(f"operator {self.name}: {platform} takes variant {self.platforms[platform]} already")
 
         def register(body: Callable[..., R]) -> Callable[..., R]:
             line = says or (body.__doc__ or name).strip().splitlines()[0]
             self.variants[name] = Variant(name, body, bound, line)
+            self.platforms.update(dict.fromkeys(platforms, name))
             return body
 
         return register
@@ -167,8 +183,11 @@ class Operator(Generic[P, R]):
     @property
     def chosen(self) -> str:
         """The variant that is taken here."""
-        trace = _trace.value
-        return dict(trace.choices).get(self.name) or self.default(trace.platform)
+        return self.chosen_for(_trace.value.platform)
+
+    def chosen_for(self, platform: str | None) -> str:
+        """The variant that programs for this platform take, if they are traced here."""
+        return dict(_trace.value.choices).get(self.name) or self.default(platform)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         trace = _trace.value
@@ -176,8 +195,7 @@ class Operator(Generic[P, R]):
         if not trace.outline and trace.sink is None:
             return body(*args, **kwargs)
         with _with(outline=False, sink=None):
-            closed, inputs, tree = _close(body, args, kwargs)
-            function = jaxpr_as_fun(closed)
+            function, inputs, tree = _close(body, args, kwargs)
             if trace.outline:
 
                 def outlined(*arrays: jax.Array) -> Any:
@@ -200,8 +218,8 @@ class Operator(Generic[P, R]):
         return result
 
 
-def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[jax.Array], Any]:
-    """A call as a jaxpr of arrays alone: (closed jaxpr, its inputs, the tree of its outputs).
+def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[..., list[jax.Array]], list[Any], Any]:
+    """A call as a function of arrays alone: (function, its inputs, the tree of its outputs).
 
     Arrays that the arguments' functions have from outside become inputs, too.
     """
@@ -220,12 +238,15 @@ def _close(body: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[
 
     arrays = [leaves[i] for i in places]
     closed = jax.make_jaxpr(flat)(*arrays)
-    constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    traced = [(v, c) for v, c in constants if isinstance(c, jax.core.Tracer)]
-    kept = [(v, c) for v, c in constants if not isinstance(c, jax.core.Tracer)]
-    inputs = [v for v, _ in traced] + closed.jaxpr.invars
-    jaxpr = closed.jaxpr.replace(constvars=[v for v, _ in kept], invars=inputs, debug_info=None)
-    return ClosedJaxpr(jaxpr, [c for _, c in kept]), [c for _, c in traced] + arrays, found[-1]
+    hoisted = [c for c in closed.consts if isinstance(c, jax.core.Tracer)]
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        given = iter(inputs[: len(hoisted)])
+        constants = [next(given) if isinstance(c, jax.core.Tracer) else c for c in closed.consts]
+        outputs: list[jax.Array] = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*inputs[len(hoisted) :])
+        return outputs
+
+    return run, hoisted + arrays, found[-1]
 
 
 OPERATORS: dict[str, Operator[Any, Any]] = {}
