@@ -27,6 +27,7 @@ from dsjax.plan.memory import Load, activation_bytes, workspace_bytes
 from dsjax.plan.placement import Model, Placement
 from dsjax.plan.traffic import collectives as planned_collectives
 from dsjax.sampling import Sampling
+from quant.operator import choosing
 from sharding import Plan
 from sharding.collectives import Collective, collectives, summary
 from sharding.footprint import Held, largest
@@ -118,7 +119,8 @@ def compile_step(model: Model, many: Parallel, shape: Shape) -> Compiled:
     new = jax.ShapeDtypeStruct((batch, shape.tokens), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     try:
-        compiled = function.lower(params, cache, new, row, key, row).compile()
+        with choosing({}, "tpu"):
+            compiled = function.lower(params, cache, new, row, key, row).compile()
     except jax.errors.JaxRuntimeError as e:
         raise InputError(f"the compiler: {' '.join(str(e).split())[:300]}") from None
     seconds = time.perf_counter() - start

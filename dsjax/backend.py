@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.experimental.layout import Format, Layout
+from jax.extend.backend import backends
 from jax.sharding import Sharding
 
 _CPU_OPTIONS: dict[str, Any] = {
@@ -16,6 +17,14 @@ _CPU_OPTIONS: dict[str, Any] = {
     # memory to add it up there, which makes a decode step seven times slower.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+
+
+def platform_of(device: jax.Device) -> str:
+    """The name that the user calls a device's platform by: cpu, cuda, tpu, or the one that a plugin was loaded under,
+    whatever the plugin calls itself (pip's xla-cpu-pjrt says "cpu"). Of a device that is not there, what it says."""
+    client = getattr(device, "client", None)
+    names = (name for name, backend in backends().items() if backend is client) if client is not None else iter(())
+    return next(names, device.platform)
 
 
 @lru_cache
@@ -76,6 +85,6 @@ def compiler_options(platform: str) -> dict[str, Any]:
     version of it knows.
 
     Args:
-      platform: of the devices that will run the program, as `jax.Device.platform` says.
+      platform: of the devices that will run the program, as `platform_of` says.
     """
     return {k: v for k, v in _CPU_OPTIONS.items() if _accepted(k, v)} if platform == "cpu" else {}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsjax.backend import compiler_options
+from dsjax.backend import compiler_options, platform_of
 from dsjax.checkpoint.orbax import PARAMS, is_converted
 from dsjax.checkpoint.placing import host_buffer
 
@@ -72,7 +72,7 @@ def memory_bandwidth(device: jax.Device, repeats: int = 9) -> tuple[float, float
     x = jax.block_until_ready(jax.device_put(host, device, may_alias=True))
     nbytes = host.nbytes
     del host
-    options = compiler_options(device.platform)
+    options = compiler_options(platform_of(device))
     read_s = []
     for function in (_sum, _or):
         read = jax.jit(function).lower(x).compile(options)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.backend import compiler_options, place
+from dsjax.backend import compiler_options, place, platform_of
 from dsjax.cache import SPARE, V4Cache, rollback
 from dsjax.cache.rows import round_capacity
 from dsjax.config import Config
@@ -24,6 +24,7 @@ from dsjax.parallel import EVERYWHERE, Parallel, one_device, padded, to_host
 from dsjax.params import EXPERT, LINEAR, Tree, leaves
 from dsjax.sampling import Sampling, sample
 from quant import E2M1, E4M3, QArray
+from quant.operator import choosing, current
 from sharding import UNSPLIT, Rules, gather
 
 CHUNK = 512
@@ -193,7 +194,8 @@ class Engine:
         self.config = config
         self.params = params
         device = next(iter(jax.tree.leaves(params)[0].devices()))
-        self.numerics = numerics.for_platform(device.platform)
+        self.platform = platform_of(device)
+        self.numerics = numerics.for_platform(self.platform)
         self.vocabulary = min(vocabulary or config.vocab_size, config.vocab_size)
         if parallel is None and device.platform != "cpu":  # a mesh of one, for where its cache lies
             parallel = one_device(config, device)
@@ -202,7 +204,7 @@ class Engine:
         self.parallel = parallel
         self.rules = parallel.rules if parallel else UNSPLIT
         self._compiled: dict[Any, Any] = {}
-        self.compiler_options = compiler_options(device.platform)
+        self.compiler_options = compiler_options(self.platform)
 
     def slots(self, sequences: int) -> int:
         """Slots of a batch for that many sequences: the mesh may want more, which stay empty."""
@@ -214,21 +216,27 @@ class Engine:
         return self.parallel.new_cache(make) if self.parallel else make()
 
     def _program(self, body: Callable[..., Any], cache: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        """(params, cache, *inputs) -> (*outputs, cache), jitted, the cache donated.
+        """(params, cache, *inputs) -> (*outputs, cache), jitted, the cache donated; operators as they are chosen where
+        it is traced, else as the platform takes them.
 
         Args:
           inputs, outputs: PartitionSpecs on a mesh.
         """
+
+        def chosen(*arrays: Any) -> Any:
+            with choosing({}, self.platform):
+                return body(*arrays)
+
         options: dict[str, Any] = {"donate_argnums": 1, "compiler_options": self.compiler_options}
         if self.parallel is None:
-            return jax.jit(body, **options)
-        return self.parallel.program(body, self.params, cache, inputs, outputs, **options)
+            return jax.jit(chosen, **options)
+        return self.parallel.program(chosen, self.params, cache, inputs, outputs, **options)
 
     def compiled(self, cache: Any, tokens: int, sampling: Sampling) -> Any:
         """The sampled step for T = `tokens`, compiled ahead for any seed; its cache argument is donated."""
         batch = cache.length.shape[0]
         sampling = dataclasses.replace(sampling, seed=0)
-        key = (batch, cache.capacity, tokens, sampling)
+        key = (batch, cache.capacity, tokens, sampling, current())
         if key not in self._compiled:
             body = partial(sampled_step, self.config, self.numerics, sampling, self.vocabulary, self.rules)
             function = self._program(body, cache, [EVERYWHERE] * 4, [EVERYWHERE])

@@ -146,8 +146,10 @@ def expert_dot(
 
 @operator("batched_dot", first="form")
 def batched_dot(x: Float[Array, "G T K"], w: Weight, index: Index = (), form: Form = FUSED) -> Float32[Array, "G T N"]:
-    """x[g] times the transpose of w[*index, g] for every g: few tokens, many matrices at a time; else one by one, for
-    XLA:CPU takes a product of several, whose operand was moved there, to float32.
+    """x[g] times the transpose of w[*index, g] for every g.
+
+    Of few tokens many matrices at a time; else one by one, for XLA:CPU takes a product of several, whose operand was
+    moved there, to float32.
 
     Args:
       x: float [G, T, K].

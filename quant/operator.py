@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -25,6 +25,10 @@ R = TypeVar("R")
 
 PREFIX = "dsjax."
 """What the names of outlined functions start with."""
+
+
+class VariantError(ValueError):
+    """A variant cannot compute what it is given. Raised by variants, while a program is traced."""
 
 
 @runtime_checkable
@@ -82,6 +86,11 @@ def choosing(choices: Mapping[str, str], platform: str | None = None) -> Iterato
         yield
 
 
+def current() -> Hashable:
+    """How operators are traced here: part of the key of every program that is kept."""
+    return _trace.value
+
+
 @contextlib.contextmanager
 def outlining() -> Iterator[None]:
     """Calls of operators are functions named `dsjax.<operator>`."""
@@ -134,23 +143,30 @@ class Operator(Generic[P, R]):
         self.platforms = dict(platforms)
         self.variants = {first: Variant(first, body, 0.0, (body.__doc__ or name).strip().splitlines()[0])}
 
-    def variant(self, name: str, *, bound: float, says: str = "") -> Callable[[Callable[..., R]], Callable[..., R]]:
+    def variant(
+        self, name: str, *, bound: float, says: str = "", platforms: Sequence[str] = ()
+    ) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Registers the decorated function as a variant, also from outside this code base.
 
         Args:
           name: not taken yet.
           bound: see `Variant`.
           says: see `Variant`; the first line of the function's docstring by default.
+          platforms: those that take it unless another is chosen; to be said before a program for one is traced.
 
         Raises:
-          ValueError: if there is a variant of that name.
+          ValueError: if there is a variant of that name, or another one that one of the platforms takes.
         """
         if name in self.variants:
             raise ValueError(f"operator {self.name}: variant {name} exists already")
+        for platform in platforms:
+            if platform in self.platforms:
+                raise ValueError(f"operator {self.name}: {platform} takes variant {self.platforms[platform]} already")
 
         def register(body: Callable[..., R]) -> Callable[..., R]:
             line = says or (body.__doc__ or name).strip().splitlines()[0]
             self.variants[name] = Variant(name, body, bound, line)
+            self.platforms.update(dict.fromkeys(platforms, name))
             return body
 
         return register
@@ -167,8 +183,11 @@ class Operator(Generic[P, R]):
     @property
     def chosen(self) -> str:
         """The variant that is taken here."""
-        trace = _trace.value
-        return dict(trace.choices).get(self.name) or self.default(trace.platform)
+        return self.chosen_for(_trace.value.platform)
+
+    def chosen_for(self, platform: str | None) -> str:
+        """The variant that programs for this platform take, if they are traced here."""
+        return dict(_trace.value.choices).get(self.name) or self.default(platform)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         trace = _trace.value

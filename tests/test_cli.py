@@ -147,7 +147,7 @@ def test_round_trip(preset: str, layers: int, tmp_path: Path, capsys: Capture) -
         *("score", "--model", folder, "--tokens", tmp_path / "tokens.json", "--dtype", "float32"),
         *("--logits", tmp_path / "logits.npy", *(("--mtp-logits", tmp_path / "mtp.npy") if mtp else ())),
     )
-    assert result == {"logits": str(tmp_path / "logits.npy"), "shape": [1, len(ids), 320]}
+    assert result == {"logits": str(tmp_path / "logits.npy"), "shape": [1, len(ids), 320], "operators": {}}
     logits = np.load(tmp_path / "logits.npy")
     assert logits.dtype == np.float32 and logits.shape == (1, len(ids), 320)
     if mtp:

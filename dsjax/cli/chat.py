@@ -18,6 +18,7 @@ from typing import Any
 from dsjax.chat import Reply
 from dsjax.cli.common import checkpoint_config, load_model, note, numerics_of, sampling_of, stop_ids
 from dsjax.cli.conversation import Conversations, LiveReply
+from dsjax.cli.ops import note_operators
 from dsjax.errors import InputError
 from dsjax.generate import Engine, Memory, check_ids
 from dsjax.sampling import Sampling
@@ -162,6 +163,7 @@ def chat(options: argparse.Namespace) -> int:
     max_length = min(options.max_length or _MAX_LENGTH, config.max_position_embeddings)
     config, params, many = load_model(options, config, numerics, 1, max_length)
     engine = Engine(config, params, numerics, conversations.text.size, many)
+    note_operators(engine.platform)
     session = _Session(conversations, engine, sampling, stop, max_length, options.max_new_tokens)
     session.clear()
     for line in _lines():

@@ -22,6 +22,7 @@ from dsjax.cli.convert import convert
 from dsjax.cli.export import add_flags as add_export_flags
 from dsjax.cli.export import run as export
 from dsjax.cli.many import join, process_flags, refuse_many
+from dsjax.cli.ops import choices_of, operator_flags, ops
 from dsjax.cli.plan import plan, size
 from dsjax.cli.verify import add_flags as add_verify_flags
 from dsjax.cli.verify import verify
@@ -31,7 +32,9 @@ from dsjax.layout import ATTENTION, DISPATCH, O_GROUPS
 from dsjax.parallel import SPMD
 from dsjax.params import WEIGHTS
 from dsjax.plan import RESERVE, chip_names
+from dsjax.plugin import load_plugin
 from dsjax.presets import PRESETS
+from quant.operator import VariantError, choosing
 from sharding import Plan, parse_plan
 from sharding.processes import Group
 
@@ -128,6 +131,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
     _numerics_flags(parser)
     _mesh_flags(parser)
+    operator_flags(parser)
 
 
 def _conversation_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     machine = _Parser(add_help=False)
     machine.add_argument("--platform", metavar="NAME", help="cpu, cuda, tpu, or a plugin's name")
+    machine.add_argument(
+        "--platform-plugin", type=Path, metavar="FILE.so", help="load this PJRT plugin as the platform of --platform"
+    )
     machine.add_argument("--compile-cache", type=Path, metavar="DIR", help="keep compiled programs here")
     result = _Parser(add_help=False)
     result.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
@@ -252,7 +259,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--aot", metavar="TOPOLOGY", help="also compile the step for TPUs, e.g. v5p:4x4x4 (needs libtpu)")
     p.add_argument("--attention", choices=ATTENTION, help="default: the better one; of a given mesh, heads")
     _numerics_flags(p)
+    operator_flags(p)
     p.set_defaults(run=plan)
+
+    p = commands.add_parser("ops", parents=[result], help="named operators, their variants, and which are taken")
+    p.add_argument("--platform", metavar="NAME", help="show what is chosen for it: cpu, cuda, tpu, or a plugin's name")
+    operator_flags(p)
+    p.set_defaults(run=ops)
     return parser
 
 
@@ -265,6 +278,10 @@ def _join(options: argparse.Namespace) -> Group | None:
     quiet = options.run in (verbs.synth, verbs.inspect, convert, export) or (options.run is align and not options.model)
     if quiet and not options.platform:
         jax.config.update("jax_platforms", "cpu")  # these need no accelerator, and must not claim one
+    if options.platform_plugin:
+        if not options.platform:
+            raise InputError(f"--platform-plugin {options.platform_plugin}: expected --platform, its name, found none")
+        load_plugin(options.platform, options.platform_plugin)
     if options.platform:
         jax.config.update("jax_platforms", options.platform)
     if options.run is chat:
@@ -316,15 +333,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = None
     try:
         options = build_parser().parse_args(arguments)
-        if options.run is not plan:  # which starts no backend
-            group = _join(options)
+        starts = options.run not in (plan, ops)
+        group = _join(options) if starts else None
+        choices = choices_of(options)
+        if starts:
             _start_jax(options)
-        status: int = options.run(options)
+        with choosing(choices):
+            status: int = options.run(options)
         if group is not None:
             group.finish()
         return status
     except InputError as e:
         return _end(group, 2, str(e))
+    except VariantError as e:
+        return _end(group, 2, f"--op: {e}")
     except MemoryError as e:
         return _end(group, 2, f"not enough memory: {_short(e)}")
     except BrokenPipeError:  # the reader of our output went away

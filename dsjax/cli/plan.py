@@ -11,6 +11,7 @@ import jax
 from dsjax.aot import ahead_of_time
 from dsjax.cli.common import numerics_of, print_json
 from dsjax.errors import InputError
+from dsjax.operators import report
 from dsjax.plan import Cards, Load, answer, load_chip, load_model
 from sharding import parse_plan
 
@@ -36,11 +37,14 @@ def plan(options: argparse.Namespace) -> int:
     memory = options.memory if options.memory is not None else chip.memory_bytes if chip is not None else 0
     if memory <= 0:
         raise InputError(f"--memory {memory}: expected more than nothing")
+    if options.op and options.aot is None:
+        raise InputError("--op: expected --aot, which compiles a step; without it nothing depends on operators")
     model = load_model(options.model, numerics_of(options), options.weights)
     cards = Cards(options.cards, memory, options.reserve, chip)
     load = Load(options.context, options.batch, options.chunk)
     result = answer(model, cards, load, options.mesh, options.attention)
     if options.aot is not None:
+        result["operators"] = report("tpu")
         jax.config.update("jax_platforms", "cpu")  # no device is wanted, only a compiler
         result["aot"] = ahead_of_time(model, parse_plan(result["mesh"]), result["attention"], load, options.aot)
     if options.json:

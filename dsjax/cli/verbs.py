@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsjax.backend import platform_of
 from dsjax.bench import bench as run_bench
 from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree, problems
@@ -26,6 +27,7 @@ from dsjax.cli.common import (
     stop_ids,
 )
 from dsjax.cli.conversation import LiveReply, reply_text, whole_reply
+from dsjax.cli.ops import note_operators, reported
 from dsjax.cli.prompts import read_prompts, read_tokens
 from dsjax.cli.report import bench_table
 from dsjax.config import load_config
@@ -167,8 +169,10 @@ def generate(options: argparse.Namespace) -> int:
             print(f"[{i}] {line}")
     ttft_s, tpot_s = float(np.median(ttft)), float(np.median(steps)) if steps else None
     if options.json:
-        print_json({"sequences": sequences, "ttft_s": ttft_s, "tpot_s": tpot_s, "compile_s": compiled})
+        result = {"sequences": sequences, "ttft_s": ttft_s, "tpot_s": tpot_s, "compile_s": compiled}
+        print_json(reported(result, engine.platform))
     else:
+        note_operators(engine.platform)
         decoded = sum(max(len(s["output_ids"]) - 1, 0) for s in sequences)
         rate = f", {decoded / sum(steps):.1f} tokens/s" if steps else ""
         note(f"compiled in {compiled:.1f} s; time to first token {ttft_s:.3f} s{rate}")
@@ -205,8 +209,9 @@ def score(options: argparse.Namespace) -> int:
                 np.save(f, array)
     result = {"logits": str(options.logits), "shape": list(logits.shape)}
     if options.json:
-        print_json(result)
+        print_json(reported(result, engine.platform))
     else:
+        note_operators(engine.platform)
         print(f"{options.logits}: float32 {list(logits.shape)}")
     return 0
 
@@ -226,9 +231,10 @@ def bench(options: argparse.Namespace) -> int:
         batch=options.batch,
         soak_steps=options.soak,
     )
-    result["platform"] = jax.devices()[0].platform
+    platform = result["platform"] = platform_of(jax.devices()[0])
     if options.json:
-        print_json(result)
+        print_json(reported(result, platform))
     else:
+        note_operators(platform)
         print(bench_table(result))
     return 0 if result.get("soak", {}).get("passed", True) else 1

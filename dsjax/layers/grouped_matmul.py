@@ -15,7 +15,7 @@ from dsjax.layers.swiglu import swiglu
 from dsjax.numerics import Largest, Numerics, Operand, Rows
 from quant import Int8Rows, QArray, dequantise, group_size, group_tokens, grouped_sum
 from quant.grouped import sort_assignments
-from quant.operator import operator
+from quant.operator import VariantError, operator
 
 Matrices: TypeAlias = tuple[Any, Any, Any]
 """Stacks gate, up [L, E, M, D] and down [L, E, D, M]."""
@@ -143,7 +143,7 @@ def _ragged(
     numerics, experts = expert.numerics, matrices[0].shape[1]
     operand = numerics.dequantised(rows)
     if isinstance(operand, Int8Rows):
-        raise ValueError("operator grouped_matmul: ragged expects float activations, found INT8")
+        raise VariantError("operator grouped_matmul: variant ragged: expected float activations, found INT8")
     (tokens, k), kept = choices.shape, _present(present, choices)
     flat = jnp.where(kept, choices, experts).reshape(-1)
     order = sort_assignments(flat, experts)

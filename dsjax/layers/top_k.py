@@ -15,7 +15,8 @@ def top_k(x: Float32[Array, "*batch n"], k: int) -> tuple[Float32[Array, "*batch
     """`lax.top_k`, which StableHLO carries as a composite of `chlo.top_k` over a sort.
 
     Args:
-      x: float32 [..., n], no NaN.
+      x: float32 [..., n], no NaN, no -0: XLA's own top-k puts 0 before -0, a sort or a maximum takes them for equal.
+        Sums of products start at 0 and do not give -0.
       k: at most n.
 
     Returns:
