@@ -239,7 +239,7 @@ def grouped_sum(
     def add(i: Any, total: jax.Array) -> jax.Array:
         token, out = run(i)
         if t == 1:  # as a product, not a sum: XLA:CPU hands that reduction to a thread pool, at 0.4 ms a layer
-            held = (token == 0).astype(jnp.float32)
+            held = jnp.where(token == 0, 1.0, 0.0)  # IREE 3.13 miscompiles a boolean's cast inside a product
             return total + jnp.einsum("r,rn->n", held, out, precision=lax.Precision.HIGHEST)
         return total.at[token].add(out, mode="drop")
 

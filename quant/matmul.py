@@ -248,9 +248,10 @@ def _spread(block: jax.Array, factor: float, bk: int, k: int, form: Form) -> jax
         return lax.optimization_barrier(expand_scales(scale_values(block) * factor, (1, bk), (block.shape[-2], k)))
     channel = lax.broadcasted_iota(jnp.int32, (block.shape[-1], k), 1)
     ones = channel // bk == lax.broadcasted_iota(jnp.int32, channel.shape, 0)
-    values = scale_values(block) * factor
+    values, dtype = scale_values(block) * factor, jnp.float32
     if block.dtype == jnp.uint8:  # powers of two, which bfloat16 holds
-        values, ones = values.astype(jnp.bfloat16), ones.astype(jnp.bfloat16)
+        values, dtype = values.astype(jnp.bfloat16), jnp.bfloat16
+    ones = jnp.where(ones, jnp.ones((), dtype), jnp.zeros((), dtype))  # a cast of booleans some compilers take for -1
     return jnp.einsum(
         "...rc,ck->...rk", values, ones, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.cli.common import note, print_json
+from dsjax.cli.ops import operator_flags
 from dsjax.config import Config, V4Config, load_config, read_json_object
 from dsjax.errors import InputError
 from dsjax.export.bundle import ProfileError, Request, export
@@ -81,6 +82,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", choices=("reference", "copy", "none"), help="default: reference; none for a preset")
     p.add_argument("--synthetic-golden", action="store_true", help="of a preset: random weights and golden numbers")
     p.add_argument("--seed", type=int, default=0, help="of the random weights")
+    operator_flags(p)
 
 
 def _shapes(options: argparse.Namespace) -> list[Shape]:
@@ -95,14 +97,14 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
     return found
 
 
-def choices_of(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that choose variants of operators."""
+def switches_of(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that choose variants of operators; --op has the last word."""
     chosen = dict(TOP_K[options.topk])
     if options.moe != "loop":
         chosen["grouped_matmul"] = options.moe
     if options.moe == "ragged" and options.target in ("w8a8", "w4a8"):
         raise InputError(f"--moe ragged: expected float activations, found --target {options.target}")
-    return chosen
+    return {**chosen, **dict(options.op)}
 
 
 def _numerics(options: argparse.Namespace) -> Numerics:
@@ -145,7 +147,7 @@ def _model(folder: Path | None, name: str, config: Config, numerics: Numerics, w
 
 def run(options: argparse.Namespace) -> int:
     """`dsjax export`."""
-    target, choices, shapes = find_target(options.target), choices_of(options), _shapes(options)
+    target, choices, shapes = find_target(options.target), switches_of(options), _shapes(options)
     numerics = _numerics(options)
     with _checkpoint(options) as (folder, raw, config):
         if options.o_groups != "split" and not isinstance(config, V4Config):
