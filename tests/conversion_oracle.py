@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,7 +257,7 @@ def check_certificate(source: Path, target: Path) -> list[str]:
     before, after = read(source), read(target)
     shards = {source / tensor.shard for tensor in before.values()}
     others = {path for path in target.rglob("*") if path.is_file() and path != target / "certificate.json"}
-    found: list[str] = []
+    found: list[str] = [] if said["version"] == 2 else [f"version {said['version']}"]
 
     def expect(what: str, claim: object, truth: object) -> None:
         near = isinstance(truth, float) and isinstance(claim, int | float)
@@ -265,7 +266,7 @@ def check_certificate(source: Path, target: Path) -> list[str]:
 
     for key, folder, files, tensors in (("source", source, shards, before), ("result", target, others, after)):
         sums = {str(path.relative_to(folder)): _sums(path) for path in files}
-        digests = {name: hashlib.sha256(tensor.raw.tobytes()).hexdigest() for name, tensor in tensors.items()}
+        digests = {name: f"{zlib.crc32(tensor.raw.tobytes()):08x}" for name, tensor in tensors.items()}
         for kind, truth in (("files", sums), ("tensors", digests)):
             for name in sorted(truth.keys() | said[key][kind].keys()):
                 expect(f"{key}: {kind}: {name}", said[key][kind].get(name), truth.get(name))

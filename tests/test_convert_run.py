@@ -21,7 +21,7 @@ from helpers import DENSE_SETTINGS, GOLDENS, SEED, SYNTH_SETTINGS, rng
 
 from dsjax.checkpoint.safetensors import INDEX_FILE, Files
 from dsjax.cli.main import main
-from dsjax.convert import TARGETS, Options, Share, convert, shard, verify
+from dsjax.convert import TARGETS, Options, Share, convert, output, shard, verify
 from dsjax.convert import run as conversion
 from dsjax.convert.workspace import Growing, Workspace
 from dsjax.errors import InputError
@@ -482,8 +482,8 @@ def test_disk_fails_later(small: Path, tmp_path: Path, monkeypatch: pytest.Monke
         if failing in (calls, -1):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(shard, "_flush", flush)
-    monkeypatch.setattr(shard, "_FLUSH_BYTES", 10_000)
+    monkeypatch.setattr(output, "_flush", flush)
+    monkeypatch.setattr(output, "_FLUSH_BYTES", 10_000)
     with pytest.raises(InputError, match=r"model-.*safetensors.*Input/output error"):
         convert(small, tmp_path / "out", Options(TARGETS["bf16"]), shard_bytes=60_000)
     assert calls >= failing and not (tmp_path / "out").exists()

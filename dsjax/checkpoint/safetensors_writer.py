@@ -18,6 +18,7 @@ from dsjax.checkpoint.safetensors import DTYPES, INDEX_FILE, os_errors
 
 _CODES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
+_WIDEST = max(dtype.itemsize for dtype in _CODES)
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,26 @@ def _write_shard(
             _write_tensor(file, spec, next(stream, None))  # holds no array while the next is made
 
 
-def plan_layout(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+def plan_layout(
+    specs: Sequence[Spec], metadata: Mapping[str, str] | None = None, *, as_given: bool = False
+) -> tuple[bytes, dict[str, int]]:
     """The length-prefixed header of a shard, and the absolute offset of each of its tensors.
 
     Wide elements come first, as the official writer lays them out: with the data section at a multiple of 64 bytes
     (the header is padded with spaces, which the format allows) every tensor is then aligned to its elements, without
-    a hole.
+    a hole. `as_given` keeps tensors of whole `_WIDEST`s in their order, for who fills the file in that order; only the
+    others, if any, come last, wide elements first.
     """
+
+    def place(spec: Spec) -> tuple[bool, int]:
+        whole = as_given and spec.nbytes % _WIDEST == 0
+        return not whole, 0 if whole else -spec.dtype.itemsize
+
     # transformers wants to be told the format
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     begins: dict[str, int] = {}
     end = 0
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+    for spec in sorted(specs, key=place):
         begins[spec.name], end = end, end + spec.nbytes
         offsets = [begins[spec.name], end]
         entries[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}

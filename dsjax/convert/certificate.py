@@ -13,7 +13,7 @@ from dsjax.convert.targets import TARGETS
 from dsjax.errors import InputError
 
 CERTIFICATE = "certificate.json"
-VERSION = 1
+VERSION = 2
 
 _FINER = "scales of 32 channels, as stored (leave FP4: --to mxfp4), or --to bf16"
 

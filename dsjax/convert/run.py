@@ -15,13 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from dsjax.checkpoint.orbax import COPIED, COPIED_FOLDER, is_converted
-from dsjax.checkpoint.safetensors import INDEX_FILE, Files, os_errors, read_tensors
+from dsjax.checkpoint.safetensors import INDEX_FILE, Files, Tensor, os_errors
 from dsjax.checkpoint.safetensors_writer import Spec
 from dsjax.config import V4Config, load_config, parse_config, read_json_object
 from dsjax.convert.certificate import CERTIFICATE, certificate, entry, options_of, part_bytes
 from dsjax.convert.config import FLOATS, INTEGERS, check_described, rewritten
 from dsjax.convert.errors import Errors
-from dsjax.convert.hashing import hash_file
+from dsjax.convert.hashing import SourceHashes, hash_file
 from dsjax.convert.plan import CARRIED, Job, Options, Plan, make_plan
 from dsjax.convert.shard import ShardWriter
 from dsjax.convert.workspace import Growing, Workspace
@@ -32,7 +32,7 @@ from dsjax.params import Path as Path_
 
 SHARD_BYTES = 5_000_000_000
 
-CONVERTER = 1
+CONVERTER = 2
 """Raised when the same source and options give other shards or records than before: a run then goes on from none."""
 
 
@@ -173,7 +173,7 @@ class _Conversion:
         self._shard_bytes = shard_bytes
         self._space = Workspace(out)
         self._source = source
-        self._written, self._stop = 0, False
+        self._written = 0
         self._counting = threading.Lock()
 
     def run(self, force: bool) -> Outcome:
@@ -199,8 +199,7 @@ class _Conversion:
         left_over = sum(self._space.left_over(self._space.result / self._plan.shard_name(i)) for i in todo)
         check_space(self._space.folder, needed - left_over)
         bar = tqdm(total=needed, unit="B", unit_scale=True, desc=self._options.target.name, disable=not self._progress)
-        with bar, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
-            hashing = reader.submit(self._hash_sources)
+        with self._begin_sources(todo) as sources, bar, ThreadPoolExecutor(1) as finisher:
             pending: Future[None] | None = None
             growing: Growing | None = None
             try:
@@ -208,16 +207,18 @@ class _Conversion:
                     if self._finished(i) is not None:  # by another process, meanwhile
                         continue
                     growing = self._space.grow(self._space.result / self._plan.shard_name(i))
-                    errors = self._convert(i, growing, bar)
+                    carrying = finisher.submit(self._carry, i)
+                    errors, hashed = self._convert(i, growing, bar, sources)
+                    hashes = {growing.path.name: hashed, **carrying.result()}
                     if pending is not None:
                         pending.result()
-                    pending = finisher.submit(self._record, i, errors, growing)
+                    pending = finisher.submit(self._record, i, errors, hashes, growing)
                     growing = None
+                    self._put_sources(sources)
                 if pending is not None:
                     pending.result()
-                hashing.result()
+                self._put_sources(sources, complete=False)
             except BaseException:
-                self._stop = True
                 if growing is not None:
                     growing.discard()
                 raise
@@ -233,42 +234,62 @@ class _Conversion:
                 return None
         return record
 
-    def _convert(self, i: int, growing: Growing, bar: Any) -> list[list[Errors]]:
-        """Writes a shard, and, whole, the scales it leaves behind."""
-        jobs, space = self._plan.shards[i], self._space
+    def _convert(
+        self, i: int, growing: Growing, bar: Any, sources: SourceHashes
+    ) -> tuple[list[list[Errors]], dict[str, Any]]:
+        """Writes a shard."""
 
         def wrote(count: int) -> None:
             with self._counting:
                 self._written += count
                 bar.update(count)
 
-        writer = ShardWriter(self._plan, self._config, jobs, wrote)
-        errors = writer.write(growing.descriptor, growing.path, self._share.threads)
-        if any(job.carried for job in jobs):
-            space.put_file(space.result / CARRIED / growing.path.name, writer.carried)
-        return errors
+        writer = ShardWriter(self._plan, self._config, self._plan.shards[i], wrote, sources)
+        return writer.write(growing.descriptor, growing.path, self._share.threads)
 
-    def _record(self, i: int, errors: list[list[Errors]], growing: Growing) -> None:
-        """Waits for the disk, hashes the shard, and notes that it is finished; the next is made meanwhile."""
+    def _carry(self, i: int) -> dict[str, dict[str, Any]]:
+        """Writes, whole, the scales that a shard leaves behind, if any; returns the file's hashes by its name."""
+        jobs, space, name = self._plan.shards[i], self._space, self._plan.shard_name(i)
+        if not any(job.carried for job in jobs):
+            return {}
+        found: dict[str, Any] = {}
+
+        def fill(descriptor: int, path: Path) -> None:
+            found.update(ShardWriter(self._plan, self._config, jobs, lambda _: None).carried(descriptor, path))
+
+        space.put_file(space.result / CARRIED / name, fill)
+        return {f"{CARRIED}/{name}": found}
+
+    def _record(self, i: int, errors: list[list[Errors]], hashes: dict[str, dict[str, Any]], growing: Growing) -> None:
+        """Waits for the disk, and notes that the shard is finished; the next is made meanwhile."""
         growing.commit()
-        jobs, name, space = self._plan.shards[i], self._plan.shard_name(i), self._space
-        hashed = {name: hash_file(space.result / name, read_tensors(space.result / name))}
-        if any(job.carried for job in jobs):
-            hashed[f"{CARRIED}/{name}"] = hash_file(space.result / CARRIED / name)
         entries = {
             part.name: [entry(job, part, found), part_bytes(job, part)]
-            for job, row in zip(jobs, errors, strict=True)
+            for job, row in zip(self._plan.shards[i], errors, strict=True)
             for part, found in zip(job.parts, row, strict=True)
         }
-        space.put_record(_shard_record(i), {"files": hashed, "entries": entries})
+        self._space.put_record(_shard_record(i), {"files": hashes, "entries": entries})
 
-    def _hash_sources(self) -> None:
-        """Hashes the source's files, while they are read for conversion and in memory."""
+    def _begin_sources(self, todo: list[int]) -> SourceHashes:
+        """Hashes of the source's files that are this process's and not known yet, to be made while they are read."""
+        inside: dict[Path, list[Tensor]] = {path: [] for path in self._sources}
+        coming: dict[Path, list[Tensor]] = {path: [] for path in self._sources}
+        for tensor in self._files.values():
+            inside[tensor.path].append(tensor)
+        for job in (job for i in todo for job in self._plan.shards[i]):
+            for part in job.parts:
+                coming[part.tensor.path].append(part.tensor)
+        sources = SourceHashes()
         for i, path in enumerate(self._sources):
-            if self._share.mine(i) and not self._stop and self._space.record(_source_record(i)) is None:
-                tensors = [tensor for tensor in self._files.values() if tensor.path == path]
-                name = path.relative_to(self._files.folder).as_posix()
-                self._space.put_record(_source_record(i), {name: hash_file(path, tensors)})
+            if self._share.mine(i) and self._space.record(_source_record(i)) is None:
+                sources.add(path, inside[path], coming[path])
+        return sources
+
+    def _put_sources(self, sources: SourceHashes, *, complete: bool = True) -> None:
+        """Notes the hashes of files that are complete, or completes all."""
+        for i, path in enumerate(self._sources):
+            if (found := sources.take(path, complete=complete)) is not None:
+                self._space.put_record(_source_record(i), {path.relative_to(self._files.folder).as_posix(): found})
 
     def _all_done(self) -> bool:
         records = [_shard_record(i) for i in range(len(self._plan.shards))]

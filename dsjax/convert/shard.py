@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dsjax.checkpoint.agreement import check_values
 from dsjax.checkpoint.resident import Source
-from dsjax.checkpoint.safetensors import Files, Tensor, os_errors
-from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
+from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.config import Config
 from dsjax.convert.errors import Errors, squares
+from dsjax.convert.hashing import SourceHashes
 from dsjax.convert.matrix import STRIP, Origin, convert_strip
+from dsjax.convert.output import Output
 from dsjax.convert.plan import Job, Part, Plan
 from dsjax.convert.targets import Encoding
 from dsjax.errors import InputError
 
 _TASK_VALUES = 1 << 22
 _TASK_BYTES = 1 << 23
-_FLUSH_BYTES = 1 << 28
 
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-
-_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 Wrote = Callable[[int], None]
 """Is told how many bytes have been written."""
@@ -147,61 +144,6 @@ def _read_scales(plan: Plan, part: Part, origin: Tensor, first: int, last: int) 
     return out.view(_E8M0) if out.dtype == np.uint8 else out
 
 
-class _File:
-    """A file that is filled in any order, and flushed to the disk on the way: else the disk would idle first.
-
-    The system tells of a write that the disk refused once for each opening of a file, to whoever flushes next; what a
-    flush on the way is told is not said again at the end, so each is asked, the last one when the `with` block ends.
-    """
-
-    def __init__(self, descriptor: int, path: Path, specs: list[Spec]) -> None:
-        self._flusher = ThreadPoolExecutor(1)
-        self._flushing: Future[None] | None = None
-        self._one_flush = threading.Lock()
-        self._unflushed = 0
-        header, self._offsets = plan_layout(specs)
-        self.nbytes = len(header) + sum(spec.nbytes for spec in specs)
-        self._descriptor, self._path = descriptor, path
-        os.ftruncate(descriptor, 0)
-        self._write(header, 0, "header")
-        os.ftruncate(descriptor, self.nbytes)
-
-    def _write(self, data: Any, offset: int, name: str) -> None:
-        rest = memoryview(data).cast("B")
-        while len(rest):
-            try:
-                count = os.pwrite(self._descriptor, rest, offset)
-            except OSError as e:
-                raise InputError(f"{self._path}: tensor {name}: cannot be written: {e.strerror}") from None
-            rest, offset = rest[count:], offset + count
-            self._unflushed += count
-        with self._one_flush:
-            if self._unflushed > _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
-                self._asked()
-                self._unflushed = 0
-                self._flushing = self._flusher.submit(_flush, self._descriptor)
-
-    def _asked(self) -> None:
-        """Waits for the last flush, if there was one, and raises what it was told."""
-        if self._flushing is not None:
-            with os_errors(self._path):
-                self._flushing.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._flusher.shutdown()
-        if kind is None:
-            self._asked()
-
-    def put(self, spec: Spec, start: int, array: np.ndarray) -> int:
-        """Writes at a byte of a tensor; returns how many bytes it was."""
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._write(flat.data, self._offsets[spec.name] + start, spec.name)
-        return flat.size
-
-
 @dataclasses.dataclass(frozen=True)
 class _Task:
     job: int
@@ -226,55 +168,56 @@ def _tasks(jobs: tuple[Job, ...]) -> Iterator[_Task]:
 class ShardWriter:
     """Converts the jobs of one shard."""
 
-    def __init__(self, plan: Plan, config: Config, jobs: tuple[Job, ...], wrote: Wrote) -> None:
+    def __init__(
+        self, plan: Plan, config: Config, jobs: tuple[Job, ...], wrote: Wrote, sources: SourceHashes | None = None
+    ) -> None:
         self._plan, self._config, self._jobs, self._wrote = plan, config, jobs, wrote
+        self._sources = sources or SourceHashes()
         self._memory = Memory()
 
-    def write(self, descriptor: int, path: Path, threads: int) -> list[list[Errors]]:
-        """Fills a file; returns the errors of each part of each job.
+    def write(self, descriptor: int, path: Path, threads: int) -> tuple[list[list[Errors]], dict[str, Any]]:
+        """Fills a file; returns the errors of each part of each job, and what `hash_file` would say of the file.
 
         Raises:
           InputError: naming the tensor that is bad, or could not be written.
         """
         found: list[list[list[tuple[int, Errors]]]] = [[[] for _ in job.parts] for job in self._jobs]
-        with _File(descriptor, path, [spec for job in self._jobs for spec in job.specs]) as file:
+        with Output(descriptor, path, [spec for job in self._jobs for spec in job.specs]) as file:
             pool = ThreadPoolExecutor(threads)
             try:
                 running = {pool.submit(self._run, file, task): task for task in _tasks(self._jobs)}
                 for future in as_completed(running):
                     task = running.pop(future)
                     found[task.job][task.part].append((task.start, future.result()))
-                for job in self._jobs:
-                    self._wrote(self._rest(file, job))
             finally:
                 pool.shutdown(cancel_futures=True)
+            hashed = file.hashed()
         return [
             [self._measured(part, _joined(errors)) for part, errors in zip(job.parts, row, strict=True)]
             for job, row in zip(self._jobs, found, strict=True)
-        ]
+        ], hashed
 
     def _measured(self, part: Part, errors: Errors) -> Errors:
         return measured(Matrix(self._plan.files, self._config, part), errors)
 
-    def _rest(self, file: _File, job: Job) -> int:
-        """What no matrix makes: the shape of INT4 codes, the scales of what is kept."""
-        written = 0
-        if job.shape is not None:
-            written += file.put(job.shape, 0, np.array(job.parts[0].shape, np.int64))
+    def _rest(self, file: Output, job: Job, place: int) -> int:
+        """What of a part no matrix makes: the shape of INT4 codes, the scales of what is kept."""
+        part, written = job.parts[place], 0
+        if job.shape is not None and place == 0:
+            written += file.put(job.shape, 0, np.array(part.shape, np.int64))
         if job.encoding is None and job.scales is not None:
-            for j, part in enumerate(job.parts):
-                assert part.scales is not None and part.row is not None
-                raw = np.empty(part.scales.nbytes, np.uint8)
-                name = part.row.scale_name(part.official)
-                self._plan.files.read_into(name, raw)
-                check_values(self._plan.files, self._config, part.row, "scales", name, raw)
-                written += file.put(job.scales, j * raw.size, raw)
+            assert part.scales is not None and part.row is not None
+            raw = np.empty(part.scales.nbytes, np.uint8)
+            name = part.row.scale_name(part.official)
+            self._plan.files.read_into(name, raw)
+            check_values(self._plan.files, self._config, part.row, "scales", name, raw)
+            written += file.put(job.scales, place * raw.size, raw)
         return written
 
-    def carried(self, descriptor: int, path: Path) -> None:
-        """Fills the file of the scales that these jobs leave behind."""
+    def carried(self, descriptor: int, path: Path) -> dict[str, Any]:
+        """Fills the file of the scales that these jobs leave behind; returns what `hash_file` would say of it."""
         jobs = [job for job in self._jobs if job.carried is not None]
-        with _File(descriptor, path, [job.carried for job in jobs if job.carried is not None]) as file:
+        with Output(descriptor, path, [job.carried for job in jobs if job.carried is not None]) as file:
             for job in jobs:
                 start = 0
                 for part in job.parts:
@@ -282,10 +225,13 @@ class ShardWriter:
                     assert origin is not None and job.carried is not None
                     scales = _read_scales(self._plan, part, origin, 0, origin.shape[0])
                     start += file.put(job.carried, start, scales)
+            return {**file.hashed(), "tensors": {}}
 
-    def _run(self, file: _File, task: _Task) -> Errors:
+    def _run(self, file: Output, task: _Task) -> Errors:
         job = self._jobs[task.job]
         part = job.parts[task.part]
+        if task.start == 0:
+            self._wrote(self._rest(file, job, task.part))
         if job.encoding is None:
             return self._keep(file, job, task, part)
         try:
@@ -295,17 +241,19 @@ class ShardWriter:
                 raise
             raise InputError(f"{part.tensor.path}: tensor {part.name}: expected finite values, found {e}") from None
 
-    def _keep(self, file: _File, job: Job, task: _Task, part: Part) -> Errors:
+    def _keep(self, file: Output, job: Job, task: _Task, part: Part) -> Errors:
         raw = self._memory.array("codes", (task.stop - task.start,), np.dtype(np.uint8))
         self._plan.files.read_into(part.official, raw, task.start)
+        self._sources.put(part.tensor, task.start, raw)
         if part.row is not None:
             check_values(self._plan.files, self._config, part.row, "codes", part.official, raw)
         self._wrote(file.put(job.codes, task.part * part.tensor.nbytes + task.start, raw))
         return Errors()
 
-    def _convert(self, file: _File, job: Job, encoding: Encoding, task: _Task, part: Part) -> Errors:
+    def _convert(self, file: Output, job: Job, encoding: Encoding, task: _Task, part: Part) -> Errors:
         whole = slice(task.start, task.stop)
         source = Matrix(self._plan.files, self._config, part).read(whole, self._memory)
+        self._sources.put(part.tensor, task.start * (part.tensor.nbytes // part.shape[0]), source.elements)
         shape = (part.shape[0], part.shape[1])
         n, width = encoding.codes_shape(shape)
         codes = self._memory.array("new codes", (task.stop - task.start, width), encoding.codes[0])

@@ -16,11 +16,15 @@ from dsjax.convert.encode import decode, encode, is_pow2, scale_elements
 from dsjax.convert.errors import Errors
 from dsjax.convert.targets import Encoding
 from dsjax.params import FP4_BLOCK, FP8_BLOCK
+from quant import E4M3
 
 _E4M3 = np.arange(256, dtype=np.uint8)
 _E4M3[[0x7F, 0xFF]] = 0  # NaN, which the source does not hold
 _E2M1 = np.arange(16, dtype=np.uint8)
 _LOW, _HIGH = np.arange(256) & 0xF, np.arange(256) >> 4
+
+_ZEROS = -100
+"""In place of the exponent of a group of zeros."""
 
 _PIECE = 512  # bytes of a row that are looked up together
 
@@ -34,14 +38,14 @@ def _table(
     """New codes [scales, codes] of every code with every scale; None if one would change its value.
 
     Args:
-      codes: of the old format.
+      codes: of the old format, [codes] or [n, codes].
       element: its name.
       scales: float32 [n, 1], old ones.
       encoding: the new format.
       new: float32 [n, 1], new scales; None for floats.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        old = decode(np.broadcast_to(codes, (len(scales), len(codes))), scales, element)
+        old = decode(np.broadcast_to(codes, (len(scales), codes.shape[-1])), scales, element)
         if not np.isfinite(old).all():
             return None
         raw, _ = encode(old, new, encoding)
@@ -76,7 +80,9 @@ def _from_fp8(source: Source, encoding: Encoding, old: np.ndarray | None, out: n
 def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | None:
     """E8M0 exponents of E4M3 blocks, uint8 [blocks], by the rule of `new_scales`; None where it takes a closer look.
 
-    A block whose largest scale s goes with a 4 or a 6 has its largest number there, and a scale of s / 64.
+    The smallest power of two that is at least m * 2^e / 448 is 2^(e - 6) for an m of 4 or 6, 2^(e - 7) for 2 or 3,
+    2^(e - 8) for 1 or 1.5 and 2^(e - 9) for 0.5. Of a code's three bits the upper two, the upper one, the middle one
+    or the last one say which. A block takes the largest of its groups' powers.
 
     Args:
       words: a group's 32 codes, uint64 [r, groups, 2].
@@ -84,17 +90,18 @@ def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | N
     """
     per_block = FP8_BLOCK[1] // FP4_BLOCK[1]
     first, second = words[..., 0], words[..., 1]
-    used = ((first | second) & np.uint64(0x7777777777777777)) != 0
-    largest = np.where(used, exponents, 0).max(axis=0)
-    starts = np.arange(0, len(largest), per_block)
-    top = np.maximum.reduceat(largest, starts)
-    # Of 4 and 6, whose codes are 6 and 7, both upper bits are set; not so of 2 and 3.
-    both = (first & (first >> np.uint64(1))) | (second & (second >> np.uint64(1)))
-    high = (both & np.uint64(0x2222222222222222)) != 0
-    high &= exponents == np.repeat(top, per_block)[: len(largest)]
-    if not np.logical_or.reduceat(high.any(axis=0), starts).all() or (top < 7).any():
+    either = first | second
+    both = ((first & (first >> np.uint64(1))) | (second & (second >> np.uint64(1)))) & np.uint64(0x2222222222222222)
+    found = exponents.astype(np.int16)
+    found -= 6
+    for mask in (both, either & np.uint64(0x4444444444444444), either & np.uint64(0x2222222222222222)):
+        found -= mask == 0
+    found[(either & np.uint64(0x7777777777777777)) == 0] = _ZEROS
+    largest = found.max(axis=0)
+    top = np.maximum.reduceat(largest, np.arange(0, len(largest), per_block))
+    if ((top < 1) & (top != _ZEROS)).any():
         return None
-    return top - 6
+    return np.where(top == _ZEROS, 127, top).astype(np.uint8)
 
 
 def _powers(exponents: np.ndarray) -> np.ndarray:
@@ -112,7 +119,11 @@ def _pairs(exponents: bytes, blocks: bytes, encoding: Encoding) -> np.ndarray | 
       encoding: the new format.
     """
     old, new = (_powers(np.frombuffer(x, np.uint8))[:, None] for x in (exponents, blocks))
-    table = _table(_E2M1, "e2m1", old, encoding, new if blocks else None)
+    codes = np.broadcast_to(_E2M1, (len(old), len(_E2M1)))
+    if blocks:  # a code that its block has no room for is not there: `_block_exponents` has looked
+        with np.errstate(over="ignore"):
+            codes = np.where(np.abs(decode(codes, old / new, "e2m1")) > np.float32(E4M3.max), 0, codes)
+    table = _table(codes, "e2m1", old, encoding, new if blocks else None)
     if table is None:
         return None
     pair = np.stack([table[:, _LOW], table[:, _HIGH]], axis=-1)
