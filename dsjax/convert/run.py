@@ -286,10 +286,14 @@ class _Conversion:
         return sources
 
     def _put_sources(self, sources: SourceHashes, *, complete: bool = True) -> None:
-        """Notes the hashes of files that are complete, or completes all."""
-        for i, path in enumerate(self._sources):
+        """Notes the hashes of files that are complete, or completes all, of which other processes have read a part."""
+
+        def note(i: int, path: Path) -> None:
             if (found := sources.take(path, complete=complete)) is not None:
                 self._space.put_record(_source_record(i), {path.relative_to(self._files.folder).as_posix(): found})
+
+        with ThreadPoolExecutor(self._share.threads) as pool:
+            list(pool.map(note, range(len(self._sources)), self._sources))
 
     def _all_done(self) -> bool:
         records = [_shard_record(i) for i in range(len(self._plan.shards))]
