@@ -141,6 +141,25 @@ def test_fp4_to_fp8_scales(largest: int, encoding: Encoding, monkeypatch: pytest
     assert plain.codes.tobytes() == strip.codes.tobytes()
 
 
+@pytest.mark.parametrize("encoding", FP8)
+def test_fp4_to_fp8_scales_of_all_sets_of_codes(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block for each set of magnitudes: looked up, with the least power of two, and as without tables."""
+    random = rng(843)
+    sets = [[c for c in range(8) if members >> c & 1] for members in range(1, 256)]
+    codes = np.concatenate([random.choice(s, (128, 128)) for s in sets], axis=1)
+    source = fp4(codes | random.integers(0, 2, codes.shape) << 3, np.full((128, codes.shape[1] // 32), -3))
+    strip = convert_strip(source, Origin("e2m1"), encoding)
+    largest = [MAGNITUDES[max(s)] / 8 for s in sets]
+    powers = [min(e for e in range(-20, 20) if Fraction(2) ** e * 448 >= x) if x else 0 for x in largest]
+    assert strip.scales is not None and strip.errors.exact
+    assert np.log2(strip.scales.astype(np.float32)).tolist() == [powers]
+    assert matrix.convert_by_table(source, encoding, None, np.empty_like(strip.codes)) is not None
+    monkeypatch.setattr(matrix, "convert_by_table", lambda *_: None)
+    plain = convert_strip(source, Origin("e2m1"), encoding)
+    assert plain.scales is not None and plain.scales.tobytes() == strip.scales.tobytes()
+    assert plain.codes.tobytes() == strip.codes.tobytes() and plain.errors == strip.errors
+
+
 def test_fp4_with_scales_of_zero() -> None:
     """Groups whose float32 scale is zero have no part in a block's ratio."""
     codes = np.full((128, 128), 7, np.uint8)

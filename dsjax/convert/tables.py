@@ -23,6 +23,9 @@ _E4M3[[0x7F, 0xFF]] = 0  # NaN, which the source does not hold
 _E2M1 = np.arange(16, dtype=np.uint8)
 _LOW, _HIGH = np.arange(256) & 0xF, np.arange(256) >> 4
 
+_NAN = 0x7F
+"""Of E4M3."""
+
 _ZEROS = -100
 """In place of the exponent of a group of zeros."""
 
@@ -81,8 +84,8 @@ def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | N
     """E8M0 exponents of E4M3 blocks, uint8 [blocks], by the rule of `new_scales`; None where it takes a closer look.
 
     The smallest power of two that is at least m * 2^e / 448 is 2^(e - 6) for an m of 4 or 6, 2^(e - 7) for 2 or 3,
-    2^(e - 8) for 1 or 1.5 and 2^(e - 9) for 0.5. Of a code's three bits the upper two, the upper one, the middle one
-    or the last one say which. A block takes the largest of its groups' powers.
+    2^(e - 8) for 1 or 1.5 and 2^(e - 9) for 0.5. Of the largest code's three bits the upper two, the upper one or the
+    middle one say which. A block takes the largest of its groups' powers.
 
     Args:
       words: a group's 32 codes, uint64 [r, groups, 2].
@@ -94,7 +97,7 @@ def _block_exponents(words: np.ndarray, exponents: np.ndarray) -> np.ndarray | N
     both = ((first & (first >> np.uint64(1))) | (second & (second >> np.uint64(1)))) & np.uint64(0x2222222222222222)
     found = exponents.astype(np.int16)
     found -= 6
-    for mask in (both, either & np.uint64(0x4444444444444444), either & np.uint64(0x2222222222222222)):
+    for mask in (both, either & np.uint64(0x4444444444444444), either & np.uint64(0x6666666666666666)):
         found -= mask == 0
     found[(either & np.uint64(0x7777777777777777)) == 0] = _ZEROS
     largest = found.max(axis=0)
@@ -110,8 +113,11 @@ def _powers(exponents: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _pairs(exponents: bytes, blocks: bytes, encoding: Encoding) -> np.ndarray | None:
+def _pairs(exponents: bytes, blocks: bytes, encoding: Encoding) -> tuple[np.ndarray, bool] | None:
     """What two FP4 codes in a byte become, side by side in one word, by old and new scale: [256 x scales].
+
+    Codes beyond what the new scale has room for, which a block with that scale does not hold, become NaN in it; also
+    returns whether there are any.
 
     Args:
       exponents: old scales, E8M0, one for each of the bytes.
@@ -120,14 +126,16 @@ def _pairs(exponents: bytes, blocks: bytes, encoding: Encoding) -> np.ndarray | 
     """
     old, new = (_powers(np.frombuffer(x, np.uint8))[:, None] for x in (exponents, blocks))
     codes = np.broadcast_to(_E2M1, (len(old), len(_E2M1)))
-    if blocks:  # a code that its block has no room for is not there: `_block_exponents` has looked
+    beyond = np.zeros(codes.shape, bool)
+    if blocks:
         with np.errstate(over="ignore"):
-            codes = np.where(np.abs(decode(codes, old / new, "e2m1")) > np.float32(E4M3.max), 0, codes)
-    table = _table(codes, "e2m1", old, encoding, new if blocks else None)
+            beyond = np.abs(decode(codes, old / new, "e2m1")) > np.float32(E4M3.max)
+    table = _table(np.where(beyond, 0, codes), "e2m1", old, encoding, new if blocks else None)
     if table is None:
         return None
+    table[beyond] = _NAN
     pair = np.stack([table[:, _LOW], table[:, _HIGH]], axis=-1)
-    return pair.view(np.dtype(f"u{2 * table.dtype.itemsize}")).reshape(-1)
+    return pair.view(np.dtype(f"u{2 * table.dtype.itemsize}")).reshape(-1), bool(beyond.any())
 
 
 def _from_fp4(source: Source, encoding: Encoding, out: np.ndarray) -> Done | None:
@@ -158,9 +166,10 @@ def _from_fp4(source: Source, encoding: Encoding, out: np.ndarray) -> Done | Non
     if len(found) > 256:
         return None
     new = b"" if blocks is None else (found // span + first).astype(np.uint8).tobytes()
-    table = _pairs((found % span + lowest).astype(np.uint8).tobytes(), new, encoding)
-    if table is None:
+    pairs = _pairs((found % span + lowest).astype(np.uint8).tobytes(), new, encoding)
+    if pairs is None:
         return None
+    table, partial = pairs
     rank = np.zeros(span * count, np.uint16)
     rank[found] = np.arange(len(found), dtype=np.uint16) << 8
     offsets, per_group = rank[keys], FP4_BLOCK[1] // 2
@@ -170,6 +179,8 @@ def _from_fp4(source: Source, encoding: Encoding, out: np.ndarray) -> Done | Non
         index = np.repeat(offsets[:, start // per_group : stop // per_group], per_group, axis=1)
         index |= packed[:, start:stop]
         raw[:, start:stop] = np.take(table, index, mode="clip")
+    if partial and (out.view(np.uint8) == _NAN).any():
+        return None
     return (scale_elements(_powers(blocks)[None], encoding) if blocks is not None else None), errors
 
 
