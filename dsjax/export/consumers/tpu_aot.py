@@ -68,5 +68,6 @@ def compile_for(modules: list[bytes], _: list[Arrays], options: dict[str, Any]) 
         raise Refused(str(e).replace("--aot ", "tpu-aot:", 1)) from None
     if len(devices) < options["devices"]:
         raise Refused(f"expected {options['devices']} devices, found {len(devices)} in {options['topology']}")
-    executable = xla.compiled(devices[: options["devices"]], modules[0], {}, partitions=options["partitions"])
+    used = devices[: options["devices"]]
+    executable = xla.compiled(used, modules[0], {}, partitions=options["partitions"], row_major=True)
     return [], {"device": devices[0].device_kind, **memory(executable)}

@@ -14,13 +14,16 @@ from jax._src import compiler
 from jaxlib import _jax
 from jaxlib.mlir import ir
 
+from dsjax.backend import LANES
 from dsjax.export.consumers.base import Arrays, Refused, new_context, parse, serialise
 from dsjax.export.consumers.collectives import COLLECTIVES
 
 Devices = Sequence[jax.Device]
 
 
-def compiled(devices: Devices, module: bytes, options: Mapping[str, Any], partitions: bool = False) -> Any:
+def compiled(
+    devices: Devices, module: bytes, options: Mapping[str, Any], *, partitions: bool = False, row_major: bool = False
+) -> Any:
     """An executable of a program, for one device or for several that run it together.
 
     Args:
@@ -28,6 +31,8 @@ def compiled(devices: Devices, module: bytes, options: Mapping[str, Any], partit
       module: a portable artifact. For several devices see `as_replica`.
       options: of the compiler, as `dsjax.backend.compiler_options` gives them.
       partitions: whether the compiler splits the program over the devices by the shardings in it.
+      row_major: whether weights and caches lie as files have them (`dsjax.backend.weight_placement`). XLA:TPU chooses
+        for itself unless it is told, and then copies whole stacks into the order of the program's loops.
 
     Raises:
       Refused: with the compiler's reason.
@@ -40,10 +45,39 @@ def compiled(devices: Devices, module: bytes, options: Mapping[str, Any], partit
     if "sym_name" not in parsed.operation.attributes:  # by which JAX's logs speak of it
         with parsed.context:
             parsed.operation.attributes["sym_name"] = ir.StringAttr.get("module")
+    if row_major:
+        lay_out_rows(parsed)
     try:
         return compiler.backend_compile_and_load(client, parsed, _jax.DeviceList(tuple(devices)), chosen, [])
     except jax.errors.JaxRuntimeError as e:
         raise Refused(f"the compiler: {e}") from None
+
+
+def lay_out_rows(module: ir.Module) -> None:
+    """Says of every argument with long rows, and of donated ones and what replaces them, that it is row-major."""
+    main: Any = next(op for op in module.body.operations if str(op.operation.attributes["sym_name"]) == '"main"')
+    arguments = [dict(_items(attributes)) for attributes in main.arg_attrs]
+    taken = {ir.IntegerAttr(a["tf.aliasing_output"]).value for a in arguments if "tf.aliasing_output" in a}
+
+    def row_major(type_: Any, kept: dict[str, Any], always: bool) -> ir.Attribute:
+        shape = ir.RankedTensorType(type_).shape
+        if always or (shape and shape[-1] >= LANES):
+            order = ",".join(str(axis) for axis in reversed(range(len(shape))))
+            kept["mhlo.layout_mode"] = ir.StringAttr.get(f"{{{order}}}")
+        return ir.DictAttr.get(kept)
+
+    with module.context:
+        inputs, results = main.type.inputs, main.type.results
+        main.arg_attrs = ir.ArrayAttr.get(
+            [row_major(t, a, "tf.aliasing_output" in a) for t, a in zip(inputs, arguments, strict=True)]
+        )
+        main.attributes["res_attrs"] = ir.ArrayAttr.get(
+            [row_major(t, {}, True) if i in taken else ir.DictAttr.get({}) for i, t in enumerate(results)]
+        )
+
+
+def _items(attributes: Any) -> list[tuple[str, Any]]:
+    return [(named.name, named.attr) for named in attributes]
 
 
 def run(device: jax.Device, module: bytes, arguments: Arrays, options: Mapping[str, Any]) -> Arrays:
