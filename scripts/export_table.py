@@ -1,6 +1,6 @@
-"""Every full-size model exported from shapes, for one device and for ranks, and given to libtpu's compiler as files.
+"""Every full-size model exported from shapes, for one device and for ranks, and given to libtpu's compiler.
 
-    python scripts/export_table.py [--only deepseek-v3] [--ranks 1,8,16,32] [--no-compile] --out docs/full_size_export.md
+    python scripts/export_table.py [--only deepseek-v3] [--ranks 1,8,16,32] [--no-compile] [--out FILE.md]
 
 Rows are kept in OUT.json beside the table, so that it can be made in pieces.
 """
@@ -21,11 +21,11 @@ TOPOLOGIES = {8: "v5p:2x2x2", 16: "v5p:4x2x2", 32: "v5p:4x4x2"}
 
 HEAD = """# Full-size models as StableHLO
 
-Made by `scripts/export_table.py`: `dsjax export --model MODEL --mesh ep=RANKS` (4096 positions, one slot, prefill of 512
-and decode, target `portable`), from shapes: no weights, no devices. Time and peak memory are of the whole command, on two
-CPU cores. The program of rank 0 is then compiled *from its file* by libtpu for as many v5p chips as there are ranks
-(`dsjax verify BUNDLE --with tpu-aot:TOPOLOGY`), which says what memory it takes. The program of one device is not
-compiled: no chip holds these models.
+Made by `scripts/export_table.py`: `dsjax export --model MODEL --mesh ep=RANKS` (4096 positions, one slot, prefill of
+512 and decode, target `portable`), from shapes: no weights, no devices. Time and peak memory are of the whole command,
+on two CPU cores. The program of rank 0 is then compiled *from its file* by libtpu for as many v5p chips as there are
+ranks (`dsjax verify BUNDLE --with tpu-aot:TOPOLOGY`), which says what memory it takes. The program of one device is
+not compiled: no chip holds these models.
 
 """
 
