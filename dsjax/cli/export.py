@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dsjax.cli.common import note, print_json
 from dsjax.cli.ops import operator_flags
 from dsjax.config import Config, V4Config, load_config, read_json_object
@@ -23,6 +25,8 @@ from dsjax.generate import CHUNK
 from dsjax.layout import ATTENTION, O_GROUPS, layout
 from dsjax.numerics import Numerics
 from dsjax.parallel import SPMD
+from dsjax.plan import Load
+from dsjax.plan.check import check_memory
 from dsjax.plan.placement import Model
 from dsjax.plan.placement import load_model as planned_model
 from dsjax.presets import PRESETS
@@ -80,6 +84,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--blocks", action="store_true", help="also each named operator by itself")
     p.add_argument("--weights", choices=("reference", "copy", "none"), help="default: reference; none for a preset")
+    p.add_argument("--no-golden", action="store_true", help="of a checkpoint: no golden numbers, the model is not run")
     p.add_argument("--synthetic-golden", action="store_true", help="of a preset: random weights and golden numbers")
     p.add_argument("--seed", type=int, default=0, help="of the random weights")
     operator_flags(p)
@@ -159,6 +164,14 @@ def run(options: argparse.Namespace) -> int:
         split = layout(config, plan, options.attention, model.numerics, options.o_groups)
         exporter = Exporter(config, model.numerics, target, split, options.spmd, choices, model.stored)
         weights = options.weights or ("none" if folder is None else "copy" if options.synthetic_golden else "reference")
+        golden = "none"
+        if folder is not None and not options.no_golden:
+            golden = "synthetic" if options.synthetic_golden else "model"
+            widest = Load(max(options.length), max(options.batch), options.chunk)
+            try:
+                check_memory(model, widest, layout(config, Plan()), jax.local_devices()[:1])
+            except InputError as e:
+                raise InputError(f"golden numbers (--no-golden leaves them out): {e}") from None
         request = Request(
             options.model,
             raw,
@@ -168,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
             options.blocks,
             weights,
             folder,
-            "none" if folder is None else "synthetic" if options.synthetic_golden else "model",
+            golden,
         )
         try:
             manifest = export(options.out, exporter, model, request, lambda line: note(f"dsjax: {line}"))
