@@ -10,7 +10,6 @@ from typing import Any
 
 from dsjax.align.plot import Point, html_page, svg_scatter
 
-
 _HOW = (
     "Run the programs on `golden/*/inputs.safetensors`, write the results as "
     "`CANDIDATE/<program>/outputs.safetensors`, and call `python verify.py CANDIDATE`."
