@@ -78,7 +78,7 @@ def read_tensors(path):
 def write_tensors(path, entries, pieces):
     """Writes results under their names."""
     header, at = {}, 0
-    for entry, raw in zip(entries, pieces):
+    for entry, raw in zip(entries, pieces):  # noqa: B905 (Python 3.9)
         span = [at, at + len(raw)]
         header[entry["name"]] = {"dtype": TYPES[entry["dtype"]][0], "shape": entry["shape"], "data_offsets": span}
         at += len(raw)
