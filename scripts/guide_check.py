@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs every command of docs/vendor.md in a new folder, in order, and stops at the first that ends otherwise than it says.
+"""Runs every command of docs/vendor.md in a new folder, in order, and stops at the first that ends otherwise than said.
 
     .venv/bin/python scripts/guide_check.py [--keep FOLDER] [GUIDE.md]
 
