@@ -23,6 +23,7 @@ _MODULES = (
     "quant.int8",
     "quant.transforms",
     "quant.grouped",
+    "dsjax.cache.rows",
     "dsjax.layers.norm",
     "dsjax.layers.rope",
     "dsjax.layers.mla",

@@ -102,6 +102,15 @@ def test_independent_consumers_agree_on_plain_float32(v3: Path, consumer: str) -
     assert {found[consumer]["state"] for found in report["programs"].values()} == {"agreed"}
 
 
+@pytest.mark.verify
+def test_no_index_of_a_scatter_is_out_of_bounds(tmp_path: Path) -> None:
+    """Slots with padding, by a compiler that writes wherever an index says: IREE."""
+    flags = ("--dtype", "float32", "--phases", "prefill", "--batch", "2", "--chunk", "16")
+    export_twin(tmp_path / "bundle", "deepseek-v3", *flags)
+    report = verify(tmp_path / "bundle", ["iree"])
+    assert report["passed"], report
+
+
 def test_named_operators_are_as_many_as_the_model_has(v3: Path) -> None:
     """Two layers, one dense and one of experts: counted by hand from the architecture."""
     named = _json(v3, "inventory.json")["modules"]["decode-b1-s32"]["named"]

@@ -15,6 +15,7 @@ import pytest
 from helpers import FLOAT32, ROOT, SEED, golden, relative_norm, rng
 from jax import lax
 
+from dsjax.cache.rows import write_rows
 from dsjax.errors import InputError
 from dsjax.layers.attend import new_call
 from dsjax.layers.grouped_matmul import Expert, grouped_matmul
@@ -66,8 +67,8 @@ def test_the_list_is_complete() -> None:
 
 
 def test_every_variant_but_the_first_is_compared_here() -> None:
-    several = {o.name for o in operators() if len(o.variants) > 1}
-    assert several <= {"top_k", "sort_assignments", "rope", "block_scaled_dot", "grouped_matmul", "mla", "decode"}
+    compared = {"top_k", "sort_assignments", "rope", "block_scaled_dot", "grouped_matmul", "mla", "decode"}
+    assert {o.name for o in operators() if len(o.variants) > 1} <= compared | {"write_rows"}
 
 
 def test_forms_are_told_as_what_they_mean() -> None:
@@ -145,6 +146,23 @@ def test_sort_assignments(variant: str, case: str) -> None:
     order = in_variant("sort_assignments", variant, lambda a: sort_assignments(a, experts), of)
     assert order.dtype == np.int32
     np.testing.assert_array_equal(order, np.argsort(of, kind="stable"), err_msg=f"seed {SEED}")
+
+
+@pytest.mark.parametrize("variant", ["drop", *others("write_rows")])
+@pytest.mark.parametrize("count", [1, 5])
+def test_write_rows(variant: str, count: int) -> None:
+    """Padding, a slot without a token, and a row beyond the places: only what is valid changes, whatever the bits."""
+    rows = rng(102).integers(0, 1 << 16, (2, 4, 8, 3), np.uint16)
+    new = rng(103).integers(0, 1 << 16, (4, count, 3), np.uint16)
+    numbers = np.array([[2], [7], [0], [1]], np.int32) + np.arange(count, dtype=np.int32)
+    valid = np.arange(count) < np.array([[count], [count], [0], [max(count - 2, 1)]])
+    valid[3, 0] = count == 1  # the first is not always one
+    expected = rows.copy()
+    for slot, i in np.argwhere(valid):
+        if numbers[slot, i] < 8:
+            expected[1, slot, numbers[slot, i]] = new[slot, i]
+    found = in_variant("write_rows", variant, lambda *a: write_rows(a[0], 1, *a[1:]), rows, numbers, valid, new)
+    np.testing.assert_array_equal(found, expected, err_msg=f"seed {SEED}")
 
 
 @pytest.mark.parametrize("variant", ["lax", *others("rope")])

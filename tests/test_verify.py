@@ -82,6 +82,35 @@ def test_weights_are_read_from_the_checkpoint(tmp_path: Path) -> None:
         _run(bundle, checkpoint=tmp_path / "model")
 
 
+def test_weights_of_another_type_are_cast(tmp_path: Path) -> None:
+    """Codes that the checkpoint holds as int64, layer by layer; of what is no cast the reason is told."""
+    checkpoint, bundle = tmp_path / "model", tmp_path / "bundle"
+    write_bundle(bundle, [decode()], checkpoint=checkpoint)
+    params = json.loads((bundle / "params.json").read_text())
+    (entry,) = [e for e in params["arguments"] if e["path"] == "layers.codes"]
+    (raw,) = [(checkpoint / s["file"]).read_bytes() for s in entry["sources"][:1]]
+    pieces = [raw[s["offset"] :][: s["bytes"]] for s in entry["sources"]]
+    wide = b"".join(np.frombuffer(p, np.uint8).astype(np.int64).tobytes() for p in pieces)
+    (checkpoint / "wide.bin").write_bytes(wide)
+    size = len(wide) // len(pieces)
+    for i, source in enumerate(entry["sources"]):
+        source |= {"file": "wide.bin", "offset": i * size, "bytes": size}
+    states = {}
+    for what in ("int64 to uint8", "int64 to uint7", "e4m3 codes and scales to bf16"):
+        recipe = f"stack, then {what}"
+        entry["recipe"] = recipe
+        (bundle / "params.json").write_text(json.dumps(params))
+        found = _run(rehash(bundle), checkpoint=checkpoint)["programs"]["decode-b2-s8"]["jax"]
+        states[recipe] = found["state"]
+        assert found["state"] == "agreed" or recipe in found["why"]
+    assert list(states.values()) == ["agreed", "not run", "not run"]
+
+
+def test_modules_are_chosen_by_patterns(plain: Path) -> None:
+    assert _run(plain, modules="nothing-*,block-*")["programs"].keys() == {"block-decode-0"}
+    assert len(_run(plain, modules="decode-*,block-*")["programs"]) == 2
+
+
 def test_what_it_keeps_passes_the_bundles_own_check(sharded: Path, tmp_path: Path) -> None:
     _run(sharded, out=tmp_path / "one")
     assert standalone_verify(sharded, tmp_path / "one")["within_strict"]
@@ -289,7 +318,7 @@ def test_command(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--with", "tvm"], "--with tvm: expected a list of interpreter, iree"),
         (["--with", "pjrt:/no/such.so"], "--with pjrt:/no/such.so: expected a plugin's shared library"),
-        (["--modules", "x*"], "--modules x*: expected a pattern for some of decode-b2-s8"),
+        (["--modules", "x*"], "--modules x*: expected patterns for some of decode-b2-s8"),
     ],
 )
 def test_wrong_flags_get_one_line(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32, Shaped
 
+from quant.operator import operator
+
 Rows: TypeAlias = Shaped[Array, "L B S width"]
 """Rows of every layer, slot and place, in a `quant.rows.RowFormat`."""
 
@@ -53,16 +55,39 @@ def zero_unless(counts: Bool[Array, "*batch"], rows: Shaped[Array, "*batch width
     return jnp.where(counts[..., None], rows, jnp.zeros((), rows.dtype))
 
 
+@operator("write_rows", first="drop")
 def write_rows(
     rows: Rows, layer: Any, numbers: Int32[Array, "B n"], valid: Bool[Array, "B n"], new: Shaped[Array, "B n width"]
 ) -> Rows:
     """Puts new rows into the places with these numbers of one layer, in place where the array is donated.
 
-    Rows that are not valid change no bit.
+    Rows that are not valid, or beyond the places, change no bit; a slot's valid ones have numbers of their own.
     """
     slots = jnp.arange(new.shape[0])[:, None]
     where = jnp.where(valid, numbers, rows.shape[2])  # an index out of bounds is dropped
     return rows.at[layer, slots, where].set(new.astype(rows.dtype), mode="drop", unique_indices=True)
+
+
+@write_rows.variant("within", bound=0.0, platforms=["generic"])
+def _write_within(
+    rows: Rows, layer: Any, numbers: Int32[Array, "B n"], valid: Bool[Array, "B n"], new: Shaped[Array, "B n width"]
+) -> Rows:
+    """By a scatter whose indices are all within bounds, for compilers that do not drop what is outside.
+
+    What is not to be written repeats one of the slot's rows that are, or else the row that is there.
+    """
+    batch, count, width = new.shape
+    slots, new = jnp.arange(batch), new.astype(rows.dtype)
+    valid = valid & (numbers < rows.shape[2])
+    there = lax.dynamic_slice(rows, (layer, 0, 0, 0), (1, batch, 1, width))[0, :, 0]
+    first = jnp.min(jnp.where(valid, jnp.arange(count), count - 1), axis=1)
+    picked = lambda a: a.at[slots, first].get(mode="promise_in_bounds")  # noqa: E731
+    some = picked(valid)
+    place = jnp.where(some, picked(numbers), 0)
+    row = jnp.where(some[:, None], picked(new), there)
+    where = jnp.where(valid, numbers, place[:, None])
+    values = jnp.where(valid[..., None], new, row[:, None])
+    return rows.at[layer, slots[:, None], where].set(values, mode="promise_in_bounds", unique_indices=count == 1)
 
 
 def read_rows(

@@ -20,7 +20,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         "--with", default="interpreter", metavar="NAME,...", dest="consumers", help=f"{NAMES} (default: interpreter)"
     )
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the weights lie that the bundle refers to")
-    p.add_argument("--modules", metavar="PATTERN", help="names of modules, as block-*; default: all")
+    p.add_argument("--modules", metavar="PATTERN,...", help="names of modules, as decode-*,block-*; default: all")
     p.add_argument("--bound", type=positive, default=0.05, help="of relative errors (default 0.05)")
     p.add_argument(
         "--gate", choices=GATES, default="strict", help="whether goldens' own strict bounds count (default) or not"

@@ -174,7 +174,7 @@ class Writer:
         exporter, shape, request = self.exporter, program.shape, self.request
         self.say(f"{shape.name}: lowering")
         module = lowered(program)
-        found = inventory(module)
+        found = inventory(module, [v.name for v in program.arguments])
         check_shippable(found, program)
         if request.profile is not None:
             violations = check(load_profile(request.profile), found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from dsjax.errors import InputError
 from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, inside, open_arrays
+from dsjax.export.consumers.exchange import dtype_of
 
 
 class NoWeights(Exception):
@@ -71,12 +73,16 @@ def _copied(bundle: Bundle, path: Path, entry: dict[str, Any]) -> tuple[Path, np
 
 
 def _joined(bundle: Bundle, path: Path, entry: dict[str, Any], checkpoint: Path | None) -> tuple[Path, np.ndarray]:
-    """The bytes of tensors in a checkpoint one after the other: an array stacked along a leading axis lies so."""
-    name = entry["path"]
+    """The bytes of tensors in a checkpoint one after the other: an array stacked along a leading axis lies so.
+
+    Where the recipe is "stack, then X to Y", they are of dtype X, and cast.
+    """
+    name, recipe = entry["path"], str(entry.get("recipe"))
     if checkpoint is None:
         raise NoWeights("the bundle refers to a checkpoint's weights, and --checkpoint names no folder")
-    if entry.get("recipe") != "stack":
-        raise NoWeights(f"{name} is made by {entry.get('recipe')!r}; only --weights copy, at export, keeps the result")
+    cast = _cast(recipe)
+    if cast is None and recipe != "stack":
+        raise NoWeights(f"{name} is made by {recipe!r}; only --weights copy, at export, keeps the result")
     sources = entry.get("sources")
     if not isinstance(sources, list) or not sources:
         raise InputError(f"{path}: {name}: sources: expected a list, found {reprlib.repr(sources)}")
@@ -94,7 +100,21 @@ def _joined(bundle: Bundle, path: Path, entry: dict[str, Any], checkpoint: Path 
         if len(piece) != source["bytes"]:
             raise InputError(f"{file}: {source.get('tensor')}: expected {source['bytes']} bytes, found {len(piece)}")
         pieces.append(piece)
-    return checkpoint, np.frombuffer(b"".join(pieces), np.uint8)
+    raw = np.frombuffer(b"".join(pieces), np.uint8)
+    if cast is None:
+        return checkpoint, raw
+    if raw.size % cast[0].itemsize:
+        raise InputError(f"{checkpoint}: {name}: expected whole numbers of {cast[0]}, found {raw.size} bytes")
+    return checkpoint, raw.view(cast[0]).astype(cast[1]).view(np.uint8)
+
+
+def _cast(recipe: str) -> tuple[np.dtype, np.dtype] | None:
+    """From and to what a recipe casts stacked numbers; None if it does not, or is more than a cast."""
+    found = re.fullmatch(r"stack, then (b?float\w+|u?int\d+) to (b?float\w+|u?int\d+)", recipe)
+    try:
+        return (dtype_of(found[1]), dtype_of(found[2])) if found else None
+    except TypeError:
+        return None
 
 
 def _typed(raw: np.ndarray, value: Value) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -94,21 +95,23 @@ class Bundle:
         """The portable artifact."""
         return (self.folder / "modules" / f"{module.name}.vhlo.bc").read_bytes()
 
-    def select(self, pattern: str | None) -> list[Program]:
-        """The programs whose name, or a module's name, matches a shell pattern.
+    def select(self, patterns: str | None) -> list[Program]:
+        """The programs whose name, or a module's name, matches one of the shell patterns between commas.
 
         Raises:
           InputError: if there is none.
         """
-        chosen = [p for p in self.programs if pattern is None or _matches(p, pattern)]
+        chosen = [p for p in self.programs if patterns is None or _matches(p, patterns.split(","))]
         if not chosen:
             names = ", ".join(p.name for p in self.programs)
-            raise InputError(f"--modules {pattern}: expected a pattern for some of {names[:300]}, found none that fits")
+            shown = names if len(names) <= 300 else f"{names[:300]} ..."
+            raise InputError(f"--modules {patterns}: expected patterns for some of {shown}, found none that fits")
         return chosen
 
 
-def _matches(program: Program, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (program.name, *(m.name for m in program.modules)))
+def _matches(program: Program, patterns: Sequence[str]) -> bool:
+    names = (program.name, *(m.name for m in program.modules))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def open_bundle(folder: Path) -> Bundle:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxlib.mlir import ir
@@ -198,10 +198,11 @@ def _with_bodies(function: Any) -> Iterator[tuple[Any, str]]:
     return inside(function, "")
 
 
-def _signature(function: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _signature(function: Any, names: Sequence[str] | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The arguments with their aliases, and the results."""
     block, type_ = function.regions[0].blocks[0], function.attributes["function_type"].value
-    names = [a.location.name_str if isinstance(a.location, ir.NameLoc) else "" for a in block.arguments]
+    if names is None:
+        names = [a.location.name_str if isinstance(a.location, ir.NameLoc) else "" for a in block.arguments]
 
     def side(key: str, types: Any) -> list[dict[str, Any]]:
         attributes: list[dict[str, Any]] = [{}] * len(types)
@@ -227,8 +228,12 @@ def _signature(function: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return arguments, results
 
 
-def inventory(module: ir.Module) -> dict[str, Any]:
+def inventory(module: ir.Module, names: Sequence[str] | None = None) -> dict[str, Any]:
     """The inventory of a module's `main`, ready for JSON.
+
+    Args:
+      module: with one function that is called from outside.
+      names: of its arguments; as their locations say if None.
 
     Keys: `operators`, `features` (things a compiler may stumble over, as `sort:stable` or `dot_general:i8xi8->i32`),
     `functions` and `named` (operators outlined as `dsjax.<name>`) map a name to its `text` and `executed` counts;
@@ -245,7 +250,7 @@ def inventory(module: ir.Module) -> dict[str, Any]:
     written, facts = _text(functions, module)
     written["feature"]["while:dynamic"] = len(walker.dynamic)
     written["feature"] += Counter()  # without what is there zero times
-    arguments, results = _signature(functions[main])
+    arguments, results = _signature(functions[main], names)
     for entry in (*arguments, *results):
         written["feature"].update(f"attribute:{name}" for name in entry["attributes"])
     for operation in (module.operation, *top):

@@ -10,6 +10,16 @@ from typing import Any
 
 from dsjax.align.plot import Point, html_page, svg_scatter
 
+_HOW = (
+    "Run the programs on `golden/*/inputs.safetensors`, write the results as "
+    "`CANDIDATE/<program>/outputs.safetensors`, and call `python verify.py CANDIDATE`."
+)
+_GOLDEN = {
+    "none": "None: the bundle was made without weights.",
+    "model": f"Made by the model itself from its checkpoint. {_HOW}",
+    "synthetic": f"Made by the model itself with random weights. {_HOW}",
+}
+
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))["modules"]
@@ -120,19 +130,13 @@ def write_report(folder: Path, manifest: dict[str, Any], doubts: Sequence[str]) 
         "## Collectives",
         "",
         *_collectives(inventories),
-        f"## Profile {manifest['profile'] or '(none asked for)'}",
+        f"## Profile {manifest['profile'] or ''}".rstrip(),
         "",
         *(f"- {line}" for line in doubts),
-        "" if doubts else "Nothing to say.\n",
+        "" if doubts else f"{'Nothing to say.' if manifest['profile'] else 'None was asked for (`--profile`).'}\n",
         "## Golden numbers",
         "",
-        {
-            "none": "None: the bundle was made without weights.",
-            "model": "Made by the model itself from its checkpoint.",
-            "synthetic": "Made by the model itself with random weights.",
-        }[manifest["golden"]]
-        + " Run the programs on `golden/*/inputs.safetensors`, write the results as "
-        "`CANDIDATE/<program>/outputs.safetensors`, and call `python verify.py CANDIDATE`.",
+        _GOLDEN[manifest["golden"]],
         "",
     ]
     text = "\n".join(lines)

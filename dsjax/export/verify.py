@@ -49,7 +49,7 @@ def verify(
       folder: the bundle.
       consumers: names as `dsjax.export.consumers.consumer` takes them.
       checkpoint: where weights lie that the bundle refers to.
-      modules: shell pattern of names; None for all.
+      modules: shell patterns of names, between commas; None for all.
       bound: of relative errors; gate: "strict" judges by the goldens' own strict bounds, too, "bound" by this one only.
       out: new folder for what consumers gave, as `dsjax align` and verify.py read it; in a folder for each consumer if
         there are several.

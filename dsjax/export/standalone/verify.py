@@ -175,7 +175,7 @@ def verify(bundle: Path, candidate: Path, bound: float = 0.05, only: str = "*") 
         golden = module.get("golden") if isinstance(module, dict) else ""
         if golden is not None and not (isinstance(golden, str) and re.fullmatch(r"golden/[\w-][\w.-]*", golden)):
             raise BadInput(f"{bundle / 'manifest.json'}: modules: expected golden/NAME, found {str(golden)[:80]!r}")
-        if golden is not None and fnmatch.fnmatch(golden[7:], only):
+        if golden is not None and any(fnmatch.fnmatch(golden[7:], pattern) for pattern in only.split(",")):
             by_golden.setdefault(golden, []).append(module)
     if not by_golden:
         raise BadInput(f"{bundle}: expected golden results named {only}, found none")
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bound", type=positive, default=0.05)
     parser.add_argument("--gate", choices=GATES, default="bound", help="which verdict the exit status is")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="goldens to look at")
+    parser.add_argument("--only", default="*", metavar="PATTERN,...", help="goldens to look at")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     try:
