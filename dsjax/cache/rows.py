@@ -58,11 +58,14 @@ def write_rows(
 ) -> Rows:
     """Puts new rows into the places with these numbers of one layer, in place where the array is donated.
 
-    Rows that are not valid change no bit.
+    A slot's numbers are distinct modulo the places, of which there are at least n. Rows that are not valid change no
+    bit: they write what is there. Nothing is written out of bounds, which not every compiler drops.
     """
     slots = jnp.arange(new.shape[0])[:, None]
-    where = jnp.where(valid, numbers, rows.shape[2])  # an index out of bounds is dropped
-    return rows.at[layer, slots, where].set(new.astype(rows.dtype), mode="drop", unique_indices=True)
+    where = numbers % rows.shape[2]
+    there = rows.at[layer, slots, where].get(mode="promise_in_bounds", unique_indices=True)
+    written = jnp.where(valid[..., None], new.astype(rows.dtype), there)
+    return rows.at[layer, slots, where].set(written, mode="promise_in_bounds", unique_indices=True)
 
 
 def read_rows(

@@ -171,11 +171,16 @@ def write_ring(
 ) -> Rows:
     """Puts new rows into one layer's ring, in place where the array is donated.
 
-    Rows that are not valid change no bit. Of more rows than the ring has places the last stay.
+    Positions follow one another, the valid ones first. Rows that are not valid change no bit. Of more rows than the
+    ring has places the last stay.
     """
-    size = ring.shape[2]
-    end = jnp.max(jnp.where(valid, positions + 1, 0), axis=1, keepdims=True)
-    return write_rows(ring, layer, positions % size, valid & (positions >= end - size), rows)
+    size, tokens = ring.shape[2], rows.shape[1]
+    if tokens > size:
+        first = jnp.clip(valid.sum(axis=1, dtype=jnp.int32) - size, 0, tokens - size)
+        last = first[:, None] + jnp.arange(size, dtype=jnp.int32)
+        positions, valid = (jnp.take_along_axis(a, last, axis=1, mode="promise_in_bounds") for a in (positions, valid))
+        rows = jnp.take_along_axis(rows, last[..., None], axis=1, mode="promise_in_bounds")
+    return write_rows(ring, layer, positions % size, valid, rows)
 
 
 for _type, _name in ((Compressed, "dsjax.Compressed"), (V4Cache, "dsjax.V4Cache")):
