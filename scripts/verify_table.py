@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What independent compilers make of exported bundles: small twins of every model, in every target, run from files.
 
-For each case MODEL/TARGET/NUMERICS it exports a twin with random weights and goldens, runs whole programs by every
-consumer, and of the cases in `BLOCKS` each named operator by itself, too. Results are kept in --work, a file for each
-case, so that a run may be cut off and taken up again; --write puts the tables of all that are there between the markers
-of a Markdown file. Status 1 where a gate is missed: XLA:CPU gives the jitted model's bits, the interpreter and IREE
-float32 programs within the strict bounds, and every block within its own.
+For each case MODEL/TARGET/NUMERICS it exports a twin with random weights and goldens and runs whole programs by every
+consumer; with --blocks also each named operator by itself, of the cases in `BLOCKS`. Results are kept in --work, a file
+for each case, so that a run may be cut off and taken up again; --write puts the tables of all that are there between
+the markers of a Markdown file. Status 1 where a gate is missed: XLA:CPU gives the jitted model's bits, the interpreter
+and IREE float32 programs within the strict bounds, and every block within its own.
 
     .venv/bin/python scripts/verify_table.py --only 'deepseek-v3/*' [--with jax,interpreter,iree,pjrt]
     .venv/bin/python scripts/verify_table.py --only none --write docs/consumers.md
@@ -49,7 +49,9 @@ NUMERICS = {
 }
 STORED = ("typed", "typed-fp8", "portable")
 BLOCKS = ("*/portable/float32", "*/portable/native", "deepseek-v4-flash/typed/native", "deepseek-v3/w8a8/bfloat16")
-SMALL = ("--length", "32", "--chunk", "8")
+SMALL = ("--chunk", "8")
+LENGTH = {"deepseek-v4-flash": "144", "deepseek-v4-pro": "144"}
+"""At which decoding ends, 32 of others: V4's rings have wrapped, and an entry of 128 tokens is there."""
 MARK = "<!-- consumers: {} -->"
 
 
@@ -74,35 +76,36 @@ def plugin() -> str:
     return f"pjrt:{Path(folders[0]) / 'xla_cpu_pjrt' / 'xla_cpu_pjrt.so'}"
 
 
-def measure(case: str, consumers: list[str], work: Path, time_limit: float) -> None:
+def measure(case: str, consumers: list[str], blocks: bool, work: Path, time_limit: float) -> None:
     """Adds what is not yet known of a case to its file."""
     model, target, numerics = case.split("/")
     path = work / f"{case.replace('/', '+')}.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    missing = [name for name in consumers if name not in known]
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"whole": {}, "blocks": {}}
+    blocks = blocks and any(fnmatch.fnmatch(case, pattern) for pattern in BLOCKS)
+    missing = [
+        (part, name) for part in ("whole", *["blocks"] * blocks) for name in consumers if name not in known[part]
+    ]
     if not missing:
         return
-    blocks = any(fnmatch.fnmatch(case, pattern) for pattern in BLOCKS)
     with tempfile.TemporaryDirectory(prefix="dsjax-table-") as folder:
         bundle = Path(folder) / "bundle"
-        flags = [*twin_flags(model), *SMALL, "--batch", "2" if numerics == "float32" else "4", "--target", target]
-        flags += [*NUMERICS[numerics], *(["--blocks"] if blocks else [])]
-        start = time.perf_counter()
+        flags = [*twin_flags(model), *SMALL, "--length", LENGTH.get(model, "32"), "--target", target]
+        flags += ["--batch", "2" if numerics == "float32" else "4", *NUMERICS[numerics]]
+        flags += ["--blocks"] if any(part == "blocks" for part, _ in missing) else []
         if dsjax(["export", *flags, "--synthetic-golden", "--out", str(bundle)]) != 0:
             raise SystemExit(f"{case}: no bundle")
-        print(f"{case}: exported in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        for name in missing:
+        for part, name in missing:
             start = time.perf_counter()
             chosen = plugin() if name == "pjrt" else name
-            given = Path(folder) / name
-            report = verify(bundle, [chosen], time_limit=time_limit, say=lambda line: None, out=given)
-            known[name] = {program: summary(by[chosen]) for program, by in report["programs"].items()}
-            for program in known[name]:
-                expected, found = (f / program / "outputs.safetensors" for f in (bundle / "golden", given))
-                if found.exists() and not program.startswith("block-"):
-                    known[name][program]["rows"] = row_errors(expected, found)
-            print(f"{case}: {name} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+            given, pattern = Path(folder) / f"{part}-{name}", "block-*" if part == "blocks" else "[!b]*"
+            report = verify(bundle, [chosen], modules=pattern, time_limit=time_limit, say=lambda line: None, out=given)
+            found = known[part][name] = {p: summary(by[chosen]) for p, by in report["programs"].items()}
+            for program, facts in found.items():
+                golden, candidate = (f / program / "outputs.safetensors" for f in (bundle / "golden", given))
+                if part == "whole" and candidate.exists():
+                    facts["rows"] = row_errors(golden, candidate)
             write_text(path, json.dumps(known, indent=1))
+            print(f"{case}: {name}, {part}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def row_errors(expected: Path, found: Path) -> list[float]:
@@ -136,9 +139,8 @@ def tables(work: Path) -> tuple[list[str], list[str]]:
         known = json.loads(path.read_text())
         cells, block_cells = [], []
         for name in CONSUMERS:
-            programs = known.get(name, {})
-            whole = {p: r for p, r in programs.items() if not p.startswith("block-")}
-            parts = {p: r for p, r in programs.items() if p.startswith("block-")}
+            whole, parts = (known[part].get(name, {}) for part in ("whole", "blocks"))
+            programs = {**whole, **parts}
             cells.append(whole_cell(whole, case.endswith("/float32")))
             block_cells.append(block_cell(parts))
             missed += [f"{case}: {name}: {p}: {why}" for p, r in programs.items() if (why := fault(case, name, p, r))]
@@ -197,6 +199,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="*", metavar="MODEL/TARGET/NUMERICS", help="shell pattern of cases")
     p.add_argument("--with", dest="consumers", default=",".join(CONSUMERS), help=f"some of {', '.join(CONSUMERS)}")
+    p.add_argument("--blocks", action="store_true", help="each named operator by itself, too, of some cases")
     p.add_argument("--work", type=Path, default=ROOT / "build" / "verify_table", help="where results are kept")
     p.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS", help="of one program")
     p.add_argument("--write", type=Path, metavar="FILE.md", help="put the tables between its markers")
@@ -204,7 +207,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     for case in cases():
         if fnmatch.fnmatch(case, options.only):
-            measure(case, options.consumers.split(","), options.work, options.time_limit)
+            measure(case, options.consumers.split(","), options.blocks, options.work, options.time_limit)
     lines, missed = tables(options.work)
     if options.write is None:
         print("\n".join(lines))
