@@ -42,6 +42,14 @@ class Sink(Protocol):
         """An operator was called."""
 
 
+@runtime_checkable
+class TracedSink(Sink, Protocol):
+    """A sink that also takes what operators compute, while a program is traced."""
+
+    def traced(self, operator: str, function: Callable[..., list[jax.Array]], inputs: Sequence[Any]) -> None:
+        """A call of an operator is traced: a function of arrays like these inputs, which holds nothing else of it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Trace:
     """How operators are traced. Part of the key of JAX's caches.
@@ -205,6 +213,8 @@ class Operator(Generic[P, R]):
                 outputs = jax.jit(outlined, keep_unused=True)(*inputs)
             else:
                 outputs = function(*inputs)
+        if isinstance(trace.sink, TracedSink):
+            trace.sink.traced(self.name, function, inputs)
         if sink := trace.sink:
             count = len(inputs)
             io_callback(

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func, stablehlo
 from verify_bundles import RANKS, decode, lift, portable, ranked, typed, write_bundle
 
 from dsjax.export.artifact import serialise
 from dsjax.export.consumers import consumer
-from dsjax.export.consumers.base import Refused, new_context, parse
+from dsjax.export.consumers.base import Refused, copy_functions, main_function, new_context, parse
 from dsjax.export.consumers.estimate import estimate_seconds
 from dsjax.export.consumers.exchange import dtype_of
 from dsjax.export.consumers.interpreter import Interpreter, evaluate
@@ -92,16 +94,48 @@ def _two_ranks(body: Callable[[Any], Any], shape: tuple[int, ...]) -> tuple[byte
     return serialise(lift(jax.jit(mapped).lower(x), {}), "1.1.0"), x
 
 
+def _in_parallel(modules: list[bytes], arguments: list[np.ndarray]) -> list[np.ndarray]:
+    """What the interpreter's own collectives give: `interpreter.run_parallel`, a thread for each rank."""
+    context = new_context()
+    parsed = [parse(m, context) for m in modules]
+    with context, ir.Location.unknown():
+        program = ir.Module.create()
+        kinds = [main_function(m).type for m in parsed]
+        for rank, module in enumerate(parsed):
+            copy_functions(module, program, f"rank{rank}_")
+        inputs, outputs = [t for k in kinds for t in k.inputs], [t for k in kinds for t in k.results]
+        with ir.InsertionPoint(program.body):
+            entry = func.FuncOp("main", (inputs, outputs))
+        with ir.InsertionPoint(entry.add_entry_block()):
+            names = ir.ArrayAttr.get([ir.FlatSymbolRefAttr.get(f"rank{rank}_main") for rank in range(len(parsed))])
+            programs = {"programs": ir.ArrayAttr.get([names])}
+            given = list(entry.arguments)
+            run = ir.Operation.create("interpreter.run_parallel", outputs, given, attributes=programs)
+            func.ReturnOp(list(run.results))
+        return [np.array(a) for a in stablehlo.eval_module(program, [ir.DenseElementsAttr.get(a) for a in arguments])]
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each rank")
-def test_the_interpreter_runs_ranks_in_parallel_as_written_out() -> None:
+def test_collectives_written_out_are_the_interpreters_own() -> None:
     code, x = _two_ranks(lambda x: jax.lax.psum(x, "r") + jax.lax.axis_index("r"), (4, 3))
-    given = [[x[:2]], [x[2:]]]
-    ran = Interpreter().run_ranks([code] * 2, given)
-    assert ran.how == "in parallel"
-    merged = evaluate([merge([code] * 2)], [[x[:2], x[2:]]], {})[0][0]
+    given = [x[:2], x[2:]]
+    merged, own = evaluate([merge([code] * 2)], [given], {})[0][0], _in_parallel([code] * 2, given)
     for rank in range(2):
-        np.testing.assert_array_equal(ran.results[rank][0], x[:2] + x[2:] + rank)
-        np.testing.assert_array_equal(merged[rank], ran.results[rank][0])
+        np.testing.assert_array_equal(merged[rank], x[:2] + x[2:] + rank)
+        np.testing.assert_array_equal(merged[rank], own[rank])
+
+
+def test_collectives_in_loops_are_met_again() -> None:
+    """Twice the sum of all ranks, three times over: each meeting has what ranks bring to it."""
+
+    def body(x: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda i, x: jax.lax.psum(x, "r") * (jax.lax.axis_index("r") + 1), x)
+
+    code, x = _two_ranks(body, (4, 3))
+    ran = Interpreter().run_ranks([code] * 2, [[x[:2]], [x[2:]]])
+    total = (x[:2] + x[2:]) * 9
+    for rank in range(2):
+        np.testing.assert_allclose(ran.results[rank][0], total * (rank + 1), rtol=1e-6)
 
 
 def test_ranks_that_meet_in_different_collectives_are_refused() -> None:

@@ -191,7 +191,7 @@ def test_all_ranks_together_give_one_devices_numbers(
     for module in modules:
         source = (bundle / "modules" / f"{module['name']}.mlir").read_text()
         assert not any(word in source for word in ("sdy", "mhlo", "custom_call", "partition_id"))
-        assert "stablehlo.all_reduce" in source and "replica_groups" in source
+        assert "replica_groups" in source
     report = verify(bundle, ["interpreter"])
     assert report["passed"], report
 

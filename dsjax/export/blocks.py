@@ -1,9 +1,12 @@
-"""Every named operator by itself: its function taken out of a program, and what it made of what it was given."""
+"""Every named operator by itself: its function taken out of a program, and what it made of what it was given.
+
+Where inputs can be varied, the same module stands once more, as `block-<operator>-<k>-edges`, with inputs of `edges`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 from jaxlib.mlir import ir
 
 from dsjax.export import artifact, golden
+from dsjax.export.edges import edge_inputs
 from dsjax.export.inventory import operator_name
 from dsjax.export.loops import callee
 from dsjax.export.operations import numpy_dtype
@@ -25,14 +29,18 @@ MOST_BYTES = 64 << 20
 """Inputs of a block are kept in files up to this size."""
 
 
+Function = Callable[..., list[jax.Array]]
+
+
 @dataclasses.dataclass
 class Call:
-    """One call of an operator: what it was given and what it gave."""
+    """One call of an operator: what it was given and what it gave; the function that gives it, to be jitted."""
 
     operator: str
     layer: int | None
     inputs: list[np.ndarray]
     outputs: list[np.ndarray]
+    function: Function | None = None
 
 
 class Recorder:
@@ -41,6 +49,11 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: dict[tuple[Any, ...], Call] = {}
         self._layer: int | None = None
+        self._functions: dict[tuple[Any, ...], Function] = {}
+
+    def traced(self, operator: str, function: Function, inputs: Sequence[Any]) -> None:
+        """Keeps the first function of each signature."""
+        self._functions.setdefault(signature(operator, [(a.shape, a.dtype) for a in inputs], []), function)
 
     def layer(self, number: int) -> None:
         """What follows is of this layer."""
@@ -50,7 +63,9 @@ class Recorder:
         """Keeps copies: the arrays are the runtime's."""
         key = signature(operator, [(a.shape, a.dtype) for a in inputs], [(a.shape, a.dtype) for a in outputs])
         if key not in self.calls:
-            self.calls[key] = Call(operator, self._layer, [a.copy() for a in inputs], [a.copy() for a in outputs])
+            function = self._functions.get((*key[:2], ()))
+            kept = [a.copy() for a in inputs], [a.copy() for a in outputs]
+            self.calls[key] = Call(operator, self._layer, *kept, function)
 
 
 def signature(operator: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -100,6 +115,7 @@ def export_blocks(writer: Writer, programs: Sequence[Program], params: Tree | No
     """
     seen: dict[tuple[Any, ...], str] = {}
     counts: dict[str, int] = {}
+    edged: set[tuple[Any, ...]] = set()
     for program in programs:
         alone = program.exporter.whole.program(program.shape)
         module = artifact.strip(alone.traced().compiler_ir("stablehlo"))
@@ -116,7 +132,13 @@ def export_blocks(writer: Writer, programs: Sequence[Program], params: Tree | No
             number = counts.get(operator, 0)
             counts[operator] = number + 1
             seen[key] = label = f"block-{operator}-{number}"
-            _write(writer, label, operator, extract(module, name), inputs, outputs, calls.get(key), program)
+            alone_module, call = extract(module, name), calls.get(key)
+            _write(writer, label, operator, alone_module, inputs, outputs, call, program)
+            kind = operator, tuple(dtype.name for _, dtype in inputs)
+            at_edges = None if call is None or kind in edged else _at_edges(call, program)
+            if at_edges is not None:  # once for each kind of weights: shapes differ in nothing else
+                edged.add(kind)
+                _write(writer, f"{label}-edges", operator, alone_module, inputs, outputs, at_edges, program)
 
 
 def _record(program: Program, params: Tree) -> dict[tuple[Any, ...], Call]:
@@ -126,6 +148,16 @@ def _record(program: Program, params: Tree) -> dict[tuple[Any, ...], Call]:
         jax.block_until_ready(jax.jit(program.function, compiler_options=golden.options())(*weights, *inputs))
     jax.effects_barrier()
     return recorder.calls
+
+
+def _at_edges(call: Call, program: Program) -> Call | None:
+    """The same operator on inputs with edges in them, computed by the function that the model was traced with."""
+    inputs = edge_inputs(call.operator, call.inputs)
+    if inputs is None or call.function is None or sum(a.nbytes for a in inputs) > MOST_BYTES:
+        return None
+    with program.exporter.chosen():
+        outputs = jax.jit(call.function, compiler_options=golden.options())(*inputs)
+    return Call(call.operator, call.layer, inputs, [np.asarray(a) for a in outputs])
 
 
 def _write(

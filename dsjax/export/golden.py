@@ -48,7 +48,7 @@ def _fed(exporter: Exporter, params: Tree, shape: Shape) -> tuple[Any, Any, np.n
     """
     config, numerics = exporter.config, exporter.numerics
     room = max(shape.length - shape.tokens, 0)
-    first = 0 if shape.phase.startswith("prefill") else min(room, max(3 * shape.length // 4, 1))
+    first = 0 if shape.phase.startswith("prefill") else room  # from the first position, or up to the last
     counts = np.array([max(first - 3 * slot, 0) for slot in range(shape.batch)], np.int32)
     random = np.random.default_rng(SEED)
     tokens = random.integers(0, config.vocab_size, (shape.batch, max(first, 1)), dtype=np.int32)

@@ -1,22 +1,21 @@
 """The reference interpreter of StableHLO, which is part of jaxlib: slow, and the closest there is to the specification.
 
-It runs all ranks of a program together (`interpreter.run_parallel`) where the machine has a core for each: each rank
-takes a thread of a pool of as many as there are cores, and a rank that waits three seconds for the others aborts the
-process. Elsewhere the ranks are made one program first: see `lockstep`.
+All ranks of a program are made one program first: see `lockstep`. Its own way to run ranks (`interpreter.run_parallel`)
+gives wrong numbers where a collective is met twice, as in any loop: jaxlib 0.10.2 keeps what was brought to the first
+meeting, and so does not wait at the second.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import func, stablehlo
+from jaxlib.mlir.dialects import stablehlo
 
-from dsjax.export.consumers.base import Arrays, Ran, copy_functions, main_function, new_context, parse
+from dsjax.export.consumers.base import Arrays, Ran, main_function, new_context, parse
 from dsjax.export.consumers.exchange import dtype_of
 from dsjax.export.consumers.lockstep import run_merged
 from dsjax.export.consumers.worker import isolated
@@ -43,9 +42,7 @@ class Interpreter:
 
     def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
         """See `Consumer.run_ranks`."""
-        if len(modules) > len(os.sched_getaffinity(0)):
-            return run_merged(self, modules, arguments)
-        return Ran(isolated(_TASK, modules, arguments, time_limit=self._time_limit)[0], "in parallel")
+        return run_merged(self, modules, arguments)
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
         """Reads and checks the modules; there is nothing to compile."""
@@ -62,21 +59,16 @@ class Interpreter:
 
 
 def evaluate(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
-    """A `Task`: one program, or the programs of several ranks together."""
-    context = new_context()
-    parsed = [parse(m, context) for m in modules]
-    with context, ir.Location.unknown():
-        wanted = [[_dtype(kind) for kind in main_function(m).type.results] for m in parsed]
-        for module in parsed:
-            _plain_results(main_function(module))
-        given = [
-            _attribute(array, kind)
-            for module, arrays in zip(parsed, arguments, strict=True)
-            for array, kind in zip(arrays, main_function(module).type.inputs, strict=True)
-        ]
-        program = parsed[0] if len(parsed) == 1 else _together(parsed)
-        flat = iter(stablehlo.eval_module(program, given))
-        return [[_typed(np.array(next(flat)), dtype) for dtype in dtypes] for dtypes in wanted], {}
+    """A `Task`: one program."""
+    module = parse(modules[0], new_context())
+    with module.context, ir.Location.unknown():
+        main = main_function(module)
+        kinds = main.type.inputs
+        wanted = [_dtype(kind) for kind in main.type.results]
+        _plain_results(main)
+        given = [_attribute(array, kind) for array, kind in zip(arguments[0], kinds, strict=True)]
+        results = stablehlo.eval_module(module, given)
+        return [[_typed(np.array(result), dtype) for result, dtype in zip(results, wanted, strict=True)]], {}
 
 
 _DTYPES = {
@@ -129,30 +121,3 @@ def _plain_results(main: Any) -> None:
                 end.operands[i] = cast.result
     results = [v.type for v in end.operands]
     main.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(main.type.inputs, results))
-
-
-def _together(modules: list[ir.Module]) -> ir.Module:
-    """One module whose main runs the programs of all ranks in parallel, as the partitions of one replica."""
-    program = ir.Module.create()
-    inputs: list[Any] = []
-    outputs: list[Any] = []
-    names = []
-    for rank, module in enumerate(modules):
-        main = main_function(module)
-        names.append(f"rank{rank}_{main.attributes['sym_name'].value}")
-        inputs += main.type.inputs
-        outputs += main.type.results
-        copy_functions(module, program, f"rank{rank}_")
-    with ir.InsertionPoint(program.body):
-        entry: Any = func.FuncOp("main", (inputs, outputs))
-        block = entry.add_entry_block()
-        with ir.InsertionPoint(block):
-            refs = ir.ArrayAttr.get([ir.FlatSymbolRefAttr.get(name) for name in names])
-            run = ir.Operation.create(
-                "interpreter.run_parallel",
-                results=outputs,
-                operands=list(block.arguments),
-                attributes={"programs": ir.ArrayAttr.get([refs])},
-            )
-            func.ReturnOp(list(run.results))
-    return program
