@@ -6,8 +6,8 @@ Where inputs can be varied, the same module stands once more, as `block-<operato
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +21,6 @@ from dsjax.export.operations import numpy_dtype
 from dsjax.export.program import Program
 from dsjax.params import Tree
 from quant.operator import tapping
-
-if TYPE_CHECKING:
-    from dsjax.export.bundle import Writer
 
 MOST_BYTES = 64 << 20
 """Inputs of a block are kept in files up to this size."""
@@ -104,14 +101,31 @@ def _typed(type_: Any) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(tensor.shape), numpy_dtype(tensor.element_type)
 
 
-def export_blocks(writer: Writer, programs: Sequence[Program], params: Tree | None) -> None:
-    """Writes each operator of the programs once per signature: module, manifest entry, and goldens where there are
-    weights. Of sharded programs the operators of one device's program are written.
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One operator by itself.
+
+    Attributes:
+      name: of its files.
+      module: whose `main` it is.
+      numbers: what it was given and gave, None where that is not known or too large.
+      entry: of the manifest, but for where the goldens are.
+    """
+
+    name: str
+    module: ir.Module
+    numbers: golden.Golden | None
+    entry: dict[str, Any]
+
+
+def blocks(programs: Sequence[Program], params: Tree | None) -> Iterator[Block]:
+    """Each operator of the programs once per signature, and some once more on edges of their inputs.
+
+    Of sharded programs the operators of one device's program.
 
     Args:
-      writer: of the bundle.
       programs: in which operators are looked for.
-      params: loaded, or None.
+      params: loaded, or None, which gives no numbers.
     """
     seen: dict[tuple[Any, ...], str] = {}
     counts: dict[str, int] = {}
@@ -133,12 +147,12 @@ def export_blocks(writer: Writer, programs: Sequence[Program], params: Tree | No
             counts[operator] = number + 1
             seen[key] = label = f"block-{operator}-{number}"
             alone_module, call = extract(module, name), calls.get(key)
-            _write(writer, label, operator, alone_module, inputs, outputs, call, program)
+            yield _block(label, operator, alone_module, inputs, outputs, call, program)
             kind = operator, tuple(dtype.name for _, dtype in inputs)
             at_edges = None if call is None or kind in edged else _at_edges(call, program)
             if at_edges is not None:  # once for each kind of weights: shapes differ in nothing else
                 edged.add(kind)
-                _write(writer, f"{label}-edges", operator, alone_module, inputs, outputs, at_edges, program)
+                yield _block(f"{label}-edges", operator, alone_module, inputs, outputs, at_edges, program)
 
 
 def _record(program: Program, params: Tree) -> dict[tuple[Any, ...], Call]:
@@ -160,8 +174,7 @@ def _at_edges(call: Call, program: Program) -> Call | None:
     return Call(call.operator, call.layer, inputs, [np.asarray(a) for a in outputs])
 
 
-def _write(
-    writer: Writer,
+def _block(
     label: str,
     operator: str,
     module: ir.Module,
@@ -169,15 +182,12 @@ def _write(
     outputs: list[Any],
     call: Call | None,
     program: Program,
-) -> None:
-    writer.module(label, module, artifact.minimum_version(module))
-    where = None
+) -> Block:
+    numbers = None
     if call is not None and sum(a.nbytes for a in call.inputs + call.outputs) <= MOST_BYTES:
-        where = f"golden/{label}"
-        numbers = golden.Golden(
-            {f"in{i}": a for i, a in enumerate(call.inputs)}, {f"out{i}": a for i, a in enumerate(call.outputs)}
-        )
-        writer.golden(where, numbers, golden.block_tolerances(numbers.outputs))
+        sides = (("in", call.inputs), ("out", call.outputs))
+        given, gave = ({f"{name}{i}": a for i, a in enumerate(arrays)} for name, arrays in sides)
+        numbers = golden.Golden(given, gave)
 
     def values(pairs: list[Any], kind: str, name: str) -> list[dict[str, Any]]:
         return [
@@ -193,19 +203,18 @@ def _write(
             for i, (shape, dtype) in enumerate(pairs)
         ]
 
-    writer.modules.append(
-        {
-            "name": label,
-            "kind": "block",
-            "phase": program.shape.phase,
-            "batch": program.shape.batch,
-            "tokens": program.shape.tokens,
-            "length": program.shape.length,
-            "rank": None,
-            "function": "main",
-            "golden": where,
-            "operator": operator,
-            "arguments": values(inputs, "input", "in"),
-            "results": [{**v, "alias": None} for v in values(outputs, "output", "out")],
-        }
-    )
+    shape = program.shape
+    entry = {
+        "name": label,
+        "kind": "block",
+        "phase": shape.phase,
+        "batch": shape.batch,
+        "tokens": shape.tokens,
+        "length": shape.length,
+        "rank": None,
+        "function": "main",
+        "operator": operator,
+        "arguments": values(inputs, "input", "in"),
+        "results": [{**v, "alias": None} for v in values(outputs, "output", "out")],
+    }
+    return Block(label, module, numbers, entry)

@@ -19,7 +19,7 @@ from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
 from dsjax.export import artifact, golden, weights
 from dsjax.export.account import cost, memory
-from dsjax.export.blocks import export_blocks
+from dsjax.export.blocks import Block, blocks
 from dsjax.export.inventory import inventory
 from dsjax.export.lift import lift, mark_aliases
 from dsjax.export.profile import Violation, check
@@ -199,6 +199,15 @@ class Writer:
                 self._files(name, *artifact.of_rank(text, request.version or least, rank), least)
                 self.modules.append(_entry(program, name, rank, where))
 
+    def block(self, block: Block) -> None:
+        """Writes one operator by itself."""
+        self.module(block.name, block.module, artifact.minimum_version(block.module))
+        where = None
+        if block.numbers is not None:
+            where = f"golden/{block.name}"
+            self.golden(where, block.numbers, golden.block_tolerances(block.numbers.outputs))
+        self.modules.append(block.entry | {"golden": where})
+
     def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any] | None = None) -> None:
         """Writes golden inputs, outputs and what outputs may differ by."""
         folder = self.folder / where
@@ -324,5 +333,6 @@ def export(
         for program in programs:
             writer.program(program, params)
         if request.blocks:
-            export_blocks(writer, programs, params)
+            for block in blocks(programs, params):
+                writer.block(block)
         return writer.finish(programs, model)
