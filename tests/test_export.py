@@ -102,6 +102,16 @@ def test_independent_consumers_agree_on_plain_float32(v3: Path, consumer: str) -
     assert {found[consumer]["state"] for found in report["programs"].values()} == {"agreed"}
 
 
+@pytest.mark.verify
+@pytest.mark.parametrize("preset", ["deepseek-v3", pytest.param("deepseek-v4-flash", marks=pytest.mark.full)])
+def test_nothing_is_written_out_of_bounds(tmp_path: Path, preset: str) -> None:
+    """IREE does not drop such writes. A slot with padding, tokens without an expert's place, unfinished entries."""
+    bundle = tmp_path / "bundle"
+    export_twin(bundle, preset, "--dtype", "float32", "--batch", "2")
+    report = verify(bundle, ["iree"])
+    assert report["passed"], report
+
+
 def test_named_operators_are_as_many_as_the_model_has(v3: Path) -> None:
     """Two layers, one dense and one of experts: counted by hand from the architecture."""
     named = _json(v3, "inventory.json")["modules"]["decode-b1-s32"]["named"]
