@@ -24,7 +24,7 @@ from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
 from dsjax.export.program import Program
 from dsjax.export.signature import E4M3_OF_E2M1, Value
-from dsjax.params import INTEGER, Row, Stored, official_storage, resident, table
+from dsjax.params import INTEGER, Row, Stored, leaf_shape, official_storage, resident, scale_grid, table
 from quant import E2M1
 
 COPY = "params/params.safetensors"
@@ -136,12 +136,22 @@ def describe(program: Program) -> list[dict[str, Any]]:
     held = _held(program, exporter.stored)
     found = []
     for parameter in parameters_of(program):
-        entry = _described(parameter, program, held(parameter.row)[1])
+        base, kept = held(parameter.row)
+        entry = _described(parameter, program, kept)
         if exporter.target.weights == "stored" and not exporter.target.expand_fp4:
-            ids = parameter.row.storage == INTEGER  # int64 in files
-            entry["checkpoint_bytes"] = entry["bytes"] * (2 if ids else 1)
+            entry["checkpoint_bytes"] = _official_bytes(parameter, program, base)
         found.append(entry)
     return found
+
+
+def _official_bytes(parameter: Parameter, program: Program, base: Stored) -> int:
+    """Of the argument's tensors in the official checkpoint: ids are int64 there, and no rank's edge cuts a block."""
+    if parameter.row.storage == INTEGER:
+        return 2 * parameter.value.nbytes
+    if parameter.part == "scales":
+        grid = scale_grid(leaf_shape(parameter.row, program.exporter.config), base.block)
+        return math.prod(grid) * np.dtype(parameter.value.file.dtype).itemsize
+    return parameter.value.nbytes
 
 
 def _held(program: Program, stored: Any) -> Callable[[Row], tuple[Stored, Stored]]:
