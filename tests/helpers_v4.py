@@ -131,7 +131,8 @@ def model(name: str) -> Model:
     """One of `MODELS`, made once; tokens and weights never change: drawn afresh, one day something would be tied."""
     config = config_of(name)
     tokens = np.random.default_rng(7).integers(0, config.vocab_size, (4, TOKENS)).astype(np.int32)
-    return Model(config, build_tree(table(config), partial(_leaf, config)), tokens)
+    with jax.ensure_compile_time_eval():  # the first to ask may be tracing
+        return Model(config, build_tree(table(config), partial(_leaf, config)), tokens)
 
 
 @lru_cache

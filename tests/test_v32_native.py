@@ -32,6 +32,9 @@ from dsjax.numerics import Numerics
 from quant.rows import LATENT_GROUP, RowFormat
 
 ROWS, TOKENS = 16, 24  # twice index_topk
+TINY = np.finfo(np.float32).tiny
+"""Under the largest score of a query whose scores are all zero: nothing is then apart from the cut."""
+
 LATENT = RowFormat("fp8", 576, 64, LATENT_GROUP, wide_scales=True)
 KEY = RowFormat("fp8", 128, group=128, wide_scales=True)
 
@@ -175,7 +178,7 @@ def test_chosen_sets(name: str) -> None:
         expected = v32.lightning_indexer(*args)
         largest = np.abs(np.where(expected.scores > -np.inf, expected.scores, 0)).max(-1)
         recall.append(expected.recall(chosen[b]))
-        apart.append(expected.disagreement(chosen[b]) / largest)
+        apart.append(expected.disagreement(chosen[b]) / np.maximum(largest, TINY))
         for what, out in wrong.items():
             with pytest.MonkeyPatch.context() as patch:
                 for function, other in WRONG[what].items():
@@ -345,7 +348,7 @@ def test_chosen_sets_in_every_layer(count: int) -> None:
         for i, selection in enumerate(layers):
             largest = np.abs(np.where(selection.scores > -np.inf, selection.scores, 0)).max(-1)
             recall.append(selection.recall(chosen[i][b]).mean())
-            apart.append((selection.disagreement(chosen[i][b]) / largest).max())
+            apart.append((selection.disagreement(chosen[i][b]) / np.maximum(largest, TINY)).max())
     print("rows", len(recall) // 2, "of", count, "recall", np.mean(recall), "farthest from the cut", np.max(apart))
     assert len(recall) > count
     assert np.mean(recall) >= 0.999 and np.max(apart) <= 1e-2
