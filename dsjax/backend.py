@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -66,8 +67,13 @@ def weight_placement(sharding: Sharding, weight: Any, platform: str) -> Any:
       sharding, platform: as of `cache_placement`.
       weight: the array, or its shape.
     """
-    held = sharding.shard_shape(weight.shape)
-    return cache_placement(sharding, weight, platform) if held and held[-1] >= LANES else sharding
+    rows = has_long_rows(sharding.shard_shape(weight.shape))
+    return cache_placement(sharding, weight, platform) if rows else sharding
+
+
+def has_long_rows(shape: Sequence[int]) -> bool:
+    """Whether an array's rows fill a TPU's lanes, so that it should lie row-major there."""
+    return bool(shape) and shape[-1] >= LANES
 
 
 def place(weight: Any, where: Any) -> jax.Array:

@@ -19,6 +19,7 @@ from dsjax.cache.rows import round_capacity
 from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.models import ends, family
+from dsjax.models.rank import rank_draft, rank_step
 from dsjax.numerics import Numerics
 from dsjax.parallel import EVERYWHERE, Parallel, one_device, padded, to_host
 from dsjax.params import EXPERT, LINEAR, Tree, leaves
@@ -144,20 +145,6 @@ def sampled_step(
             rules,
         )
         return gather(drawn, tuple(a for a in rules.axes("slots") if a not in differ)), cache
-
-
-def _scored_step(config: Config, numerics: Numerics, rules: Rules, params: Tree, cache: Any, *inputs: jax.Array) -> Any:
-    """`step` with all logits; tokens and n_new are whole on every device."""
-    tokens, n_new = (rules.part("slots", a) for a in inputs)
-    return family(config).step(config, numerics, params, cache, tokens, n_new, "all", rules)
-
-
-def _scored_draft(
-    config: Config, numerics: Numerics, rules: Rules, params: Tree, cache: Any, hidden: jax.Array, *inputs: jax.Array
-) -> Any:
-    """`draft` likewise; hidden is this device's."""
-    tokens, n_new = (rules.part("slots", a) for a in inputs)
-    return family(config).draft(config, numerics, params, cache, hidden, tokens, n_new, "all", rules)
 
 
 def _check_native(config: Config, numerics: Numerics, params: Tree) -> None:
@@ -389,12 +376,12 @@ class Engine:
         """The step and the draft that give all logits; the draft None without its cache."""
         key = "scoring", draft_cache is not None
         if key not in self._compiled:
-            logits = self.parallel.logits_spec(positions=True) if self.parallel else EVERYWHERE
-            hidden = self.parallel.hidden_spec() if self.parallel else EVERYWHERE
-            given = self.config, self.numerics, self.rules
+            logits = self.parallel.layout.logits_spec(positions=True) if self.parallel else EVERYWHERE
+            hidden = self.parallel.layout.hidden_spec() if self.parallel else EVERYWHERE
+            given = self.config, self.numerics, self.rules, "all"
             outputs, tokens = [logits, hidden], [EVERYWHERE] * 2
-            step = self._program(partial(_scored_step, *given), cache, tokens, outputs)
-            draft = self._program(partial(_scored_draft, *given), draft_cache, [hidden, *tokens], outputs)
+            step = self._program(partial(rank_step, *given), cache, tokens, outputs)
+            draft = self._program(partial(rank_draft, *given), draft_cache, [hidden, *tokens], outputs)
             self._compiled[key] = step, draft
         found: tuple[Any, Any] = self._compiled[key]
         return found

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from dsjax.config import Config, DenseConfig, V4Config
 from dsjax.errors import InputError
+from dsjax.models.ends import vocabulary_axes
 from dsjax.numerics import Numerics
 from dsjax.params import (
     EXPERT,
@@ -102,6 +103,16 @@ class Layout:
             return self.rules.spec(("slots",)) if a.ndim == 1 else self.rules.spec(("layers", "slots", "places", last))
 
         return jax.tree.map(spec, cache)
+
+    def logits_spec(self, positions: bool) -> PartitionSpec:
+        """Of what `models.ends.logits` returns: [B, V], or [B, T, V] with all positions."""
+        differ, _ = vocabulary_axes(self.rules)
+        slots = tuple(a for a in self.rules.axes("slots") if a not in differ)
+        return PartitionSpec(slots or None, *([None] if positions else []), self.rules.axes("vocab") or None)
+
+    def hidden_spec(self) -> PartitionSpec:
+        """Of what a step returns for the draft module."""
+        return self.rules.spec(("slots",))
 
     def local(self, tree: Any, specs: Any) -> Any:
         """Shapes of one device's part of a tree of arrays or shapes."""

@@ -18,7 +18,6 @@ from dsjax.checkpoint.load import LoadStats, load
 from dsjax.config import Config, V4Config
 from dsjax.errors import InputError
 from dsjax.layout import Layout, layout
-from dsjax.models.ends import vocabulary_axes
 from dsjax.numerics import Numerics
 from dsjax.params import Row, Stored, Tree
 from sharding import UNSPLIT, Plan, Rules, make_mesh
@@ -86,17 +85,6 @@ class Parallel:
         """The cache that `make` makes, each device making its part."""
         cache: Any = jax.jit(make, out_shardings=self.cache_placement(jax.eval_shape(make)))()
         return cache
-
-    def logits_spec(self, positions: bool) -> PartitionSpec:
-        """Of what `models.ends.logits` returns: [B, V], or [B, T, V] with all positions."""
-        rules = self.layout.rules
-        differ, _ = vocabulary_axes(rules)
-        slots = tuple(a for a in rules.axes("slots") if a not in differ)
-        return PartitionSpec(slots or None, *([None] if positions else []), rules.axes("vocab") or None)
-
-    def hidden_spec(self) -> PartitionSpec:
-        """Of what a step returns for the draft module."""
-        return self.layout.rules.spec(("slots",))
 
     def program(
         self,

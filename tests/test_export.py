@@ -276,6 +276,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--model", "deepseek-r1-distill-qwen-1.5b", "--phases", "mtp"], "draft module"),
         (["--model", "deepseek-v3", "--profile", "nobody", "--length", "32"], "nobody"),
         (["--model", "deepseek-v3", "--stablehlo-version", "0.1.0", "--length", "32"], "StableHLO version"),
+        (["--model", "deepseek-v3", "--stablehlo-version", "99.0.0", "--mesh", "tp=2"], "StableHLO version"),
         (["--model", "deepseek-v3", "--mesh", "tp=3"], "tp=3"),
         (["--model", "nowhere"], "nowhere"),
     ):

@@ -284,7 +284,7 @@ def _moe(plan: str | None, x: np.ndarray) -> np.ndarray:
         return MoE(config, numerics, stack, rules)(x, jnp.ones(x.shape[:2], bool), 0, gate), cache
 
     cache = Cache(jnp.zeros((1, 8, 1, 1)), None, jnp.zeros(8, jnp.int32))
-    run = many.program(body, params, cache, [P()], [many.hidden_spec()]) if many else jax.jit(body)
+    run = many.program(body, params, cache, [P()], [many.layout.hidden_spec()]) if many else jax.jit(body)
     return np.asarray(run(params, cache, jnp.asarray(x).astype(jnp.bfloat16))[0], np.float32)
 
 

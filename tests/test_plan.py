@@ -513,7 +513,7 @@ def test_exchanges_are_those_of_the_step(
         partial(family(config).step, config, numerics, want="last", rules=parted.rules),
         mesh=parted.mesh,
         in_specs=(parted.layout.param_specs(params, config), parted.layout.cache_specs(cache), by_slots, by_slots),
-        out_specs=(parted.logits_spec(False), parted.hidden_spec(), parted.layout.cache_specs(cache)),
+        out_specs=(parted.layout.logits_spec(False), parted.layout.hidden_spec(), parted.layout.cache_specs(cache)),
         check_vma=False,
     )
     new = jax.ShapeDtypeStruct((slots * placed.ways("slots"), tokens), jnp.int32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,12 @@ import numpy as np
 
 from dsjax.align.taps import Tap, arrays
 from dsjax.backend import compiler_options
-from dsjax.checkpoint.load import load
 from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.export.targets import TARGETS
 from dsjax.models import family
 from dsjax.numerics import Numerics
-from dsjax.params import WEIGHTS
+from dsjax.params import WEIGHTS, Tree
 from quant.operator import OPERATORS, choosing, tapping
 
 
@@ -89,18 +87,17 @@ class _Keeper:
         self._calls += 1
 
 
-def tapped(folder: Path, configuration: Configuration, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def tapped(config: Config, params: Tree, configuration: Configuration, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """What every operator gives on these tokens, by tap name, and "logits" of every position, float32 [B, T, V].
 
     Args:
-      folder: a checkpoint.
+      config, params: of a checkpoint, held as the configuration says.
       configuration: how it is run, on one device.
       tokens: int32 [B, T].
 
     Raises:
       InputError: for a configuration that the checkpoint cannot have.
     """
-    config, params, _ = load(folder, weights=configuration.weights)
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     numerics = configuration.numerics.for_checkpoint(config, configuration.weights).for_platform(device.platform)
     cache = family(config).new_cache(config, numerics, *tokens.shape)

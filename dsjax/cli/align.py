@@ -12,6 +12,7 @@ from dsjax.align.inputs import read_results
 from dsjax.align.plot import html_page
 from dsjax.align.run import Configuration, random_tokens, same_kind, tapped
 from dsjax.align.show import report_plot, report_text
+from dsjax.checkpoint.load import load
 from dsjax.cli.common import checkpoint_config, note, numerics_of, print_json
 from dsjax.cli.prompts import read_tokens
 from dsjax.errors import InputError
@@ -97,7 +98,11 @@ def _two_configurations(options: argparse.Namespace) -> int:
         check_ids(row, config, f"{options.tokens}: row {i}")
     first = Configuration(numerics_of(options), options.weights)
     second = first.but(options.against)
-    reference, candidate = (tapped(options.model, c, tokens) for c in (first, second))
+    config, params, _ = load(options.model, weights=first.weights)
+    reference = tapped(config, params, first, tokens)
+    if second.weights != first.weights:
+        config, params, _ = load(options.model, weights=second.weights)
+    candidate = tapped(config, params, second, tokens)
     if dropped := same_kind(reference, candidate):
         note(f"dsjax: held in different forms, not compared: {', '.join(dropped)}")
     report = compare(reference, candidate, bound=options.bound, strict=options.strict, common=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import jax
 
 from dsjax.cli.common import note, print_json
 from dsjax.cli.ops import operator_flags
-from dsjax.config import Config, V4Config, load_config, read_json_object
+from dsjax.config import Config, V4Config, load_config, parse_config, read_json_object
 from dsjax.errors import InputError
 from dsjax.export.bundle import ProfileError, Request, export
 from dsjax.export.profile import names as profile_names
@@ -130,18 +129,16 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict
         yield folder if held else None, read_json_object(folder / "config.json"), config
         return
     raw = synth_config(options.model, layers=options.layers, settings=settings)
+    if not options.synthetic_golden:
+        if options.weights in ("reference", "copy"):
+            raise InputError(f"--weights {options.weights}: expected a checkpoint folder, found a preset")
+        yield None, raw, parse_config(raw, options.model)
+        return
     with tempfile.TemporaryDirectory(prefix="dsjax-") as temporary:
         made = Path(temporary) / "model"
-        if options.synthetic_golden:
-            note("dsjax: making random weights")
-            synthesise(made, raw, template=options.model, seed=options.seed)
-            yield made, raw, load_config(made)
-        else:
-            if options.weights in ("reference", "copy"):
-                raise InputError(f"--weights {options.weights}: expected a checkpoint folder, found a preset")
-            made.mkdir()
-            (made / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-            yield None, raw, load_config(made)
+        note("dsjax: making random weights")
+        synthesise(made, raw, template=options.model, seed=options.seed)
+        yield made, raw, load_config(made)
 
 
 def _model(folder: Path | None, name: str, config: Config, numerics: Numerics, weights: str) -> Model:

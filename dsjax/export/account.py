@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dsjax.export.program import Program
-from dsjax.layout import Layout
+from dsjax.export.program import Program, is_draft
 from dsjax.plan.memory import activation_bytes, workspace_bytes
 from dsjax.plan.placement import Model, Placement
 from dsjax.plan.roofline import work
@@ -21,14 +20,9 @@ def _local_bytes(program: Program, kind: str, results: bool = False) -> int:
     for value in program.results if results else program.arguments:
         if value.kind == kind:
             bounds = value.slice(0, exporter.layout.rules.extents) if exporter.ranks > 1 else None
-            share = 1.0 if bounds is None else math.prod(b - a for a, b in bounds) / math.prod(value.spec.shape)
-            total += round(value.nbytes * share)
+            part = value.spec.shape if bounds is None else [b - a for a, b in bounds]
+            total += value.nbytes * math.prod(part) // math.prod(value.spec.shape)
     return total
-
-
-def _placement(program: Program, model: Model) -> Placement:
-    layout: Layout = program.exporter.layout
-    return Placement(model, layout)
 
 
 def memory(program: Program, model: Model) -> dict[str, Any]:
@@ -37,7 +31,7 @@ def memory(program: Program, model: Model) -> dict[str, Any]:
     Parameters, caches, inputs and outputs are exact. Temporaries are a bound by formula (`dsjax.plan.memory`): what a
     compiler makes of a program is its own affair.
     """
-    shape, placement = program.shape, _placement(program, model)
+    shape, placement = program.shape, Placement(model, program.exporter.layout)
     slots = placement.slots(shape.batch)
     temporary = activation_bytes(placement, slots, shape.tokens) + workspace_bytes(placement, slots, shape.tokens)
     found: dict[str, Any] = {
@@ -55,9 +49,9 @@ def memory(program: Program, model: Model) -> dict[str, Any]:
 
 def cost(program: Program, model: Model) -> dict[str, Any]:
     """One rank's operations and bytes in a step whose sequences then hold `length` tokens, by closed forms."""
-    shape, placement = program.shape, _placement(program, model)
+    shape, placement = program.shape, Placement(model, program.exporter.layout)
     slots = placement.slots(shape.batch)
-    if shape.phase.startswith("mtp"):
+    if is_draft(shape.phase):
         return {"note": "not counted: the draft module is one layer and the head"}
     found = work(placement, slots, shape.tokens, shape.length)
     return {

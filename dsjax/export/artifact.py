@@ -232,6 +232,24 @@ def serialise(module: ir.Module, version: str) -> bytes:
     raise InputError(f"StableHLO {version}: expected operations of that version, found {fault}; needs {needed}")
 
 
+def portable(stripped: ir.Module, version: str | None, least: str | None = None) -> tuple[bytes, str]:
+    """(artifact, least version that it could have) of a stripped module, which is prepared once for both.
+
+    Args:
+      version: the artifact's; the least one if None.
+      least: where it is known.
+
+    Raises:
+      InputError: as `serialise` does.
+    """
+    if version is not None:
+        return serialise(stripped, version), least or minimum_version(stripped)
+    ready = _Ready.of(stripped)
+    least = least or ready.least()
+    made = ready.portable(least)[0] if least else b""
+    return made or serialise(stripped, versions()[-1]), least or versions()[-1]
+
+
 def of_rank(stripped_text: str, version: str, rank: int) -> tuple[str, bytes]:
     """(text, artifact) of one rank's program, from the text of the stripped program of all and a version that fits.
 

@@ -24,7 +24,7 @@ from dsjax.export.inventory import inventory
 from dsjax.export.lift import lift, mark_aliases
 from dsjax.export.profile import Violation, check
 from dsjax.export.profile import load as load_profile
-from dsjax.export.program import Exporter, Program, Shape
+from dsjax.export.program import Exporter, Program, Shape, is_draft
 from dsjax.export.report import write_report
 from dsjax.export.signature import Value
 from dsjax.export.standalone import source as verify_source
@@ -155,11 +155,6 @@ class Writer:
         """Writes a JSON file, the same bytes for the same content."""
         (self.folder / name).write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
 
-    def module(self, name: str, module: ir.Module, least: str) -> None:
-        """Writes a module as artifact and as text."""
-        portable = artifact.serialise(module, self.request.version or least)
-        self._files(name, artifact.text(module), portable, least)
-
     def _files(self, name: str, text: str, portable: bytes, least: str) -> None:
         (self.folder / "modules" / f"{name}.vhlo.bc").write_bytes(portable)
         (self.folder / "modules" / f"{name}.mlir").write_text(text, encoding="utf-8")
@@ -182,7 +177,7 @@ class Writer:
             if any(v.level == "refused" for v in violations):
                 raise ProfileError(violations)
         stripped = artifact.strip(module)
-        least = found["minimum_version"]
+        portable, least = artifact.portable(stripped, request.version, found["minimum_version"])
         self.inventories[shape.name] = found
         where = None
         if params is not None:
@@ -190,7 +185,7 @@ class Writer:
             where = f"golden/{shape.name}"
             self.golden(where, golden.make(program, params))
         if not exporter.manual:
-            self.module(shape.name, stripped, least)
+            self._files(shape.name, artifact.text(stripped), portable, least)
             self.modules.append(_entry(program, shape.name, None, where))
         else:
             text = artifact.text(stripped)
@@ -201,7 +196,8 @@ class Writer:
 
     def block(self, block: Block) -> None:
         """Writes one operator by itself."""
-        self.module(block.name, block.module, artifact.minimum_version(block.module))
+        portable, least = artifact.portable(block.module, self.request.version)
+        self._files(block.name, artifact.text(block.module), portable, least)
         where = None
         if block.numbers is not None:
             where = f"golden/{block.name}"
@@ -220,7 +216,7 @@ class Writer:
     def finish(self, programs: Sequence[Program], model: Model) -> dict[str, Any]:
         """Writes everything else, the manifest last."""
         # The draft module's program has the main model's parameters, too.
-        widest = next((p for p in programs if p.shape.phase.startswith("mtp")), programs[0])
+        widest = next((p for p in programs if is_draft(p.shape.phase)), programs[0])
         arguments = self._parameters(widest)
         total = sum(a["bytes"] for a in arguments)
         held = [a["checkpoint_bytes"] for a in arguments]
@@ -324,10 +320,10 @@ def export(
     params: Tree | None = None
     if request.golden != "none":
         assert request.checkpoint is not None
-        mtp = any(shape.phase.startswith("mtp") for shape in request.shapes)
+        mtp = any(is_draft(shape.phase) for shape in request.shapes)
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        cut = lambda row, held: exporter.layout.held(row, held, exporter.config)  # noqa: E731
-        _, params, _ = load(request.checkpoint, weights=exporter.target.weights, mtp=mtp, sharding=single, cut=cut)
+        weights_as = exporter.target.weights
+        _, params, _ = load(request.checkpoint, weights=weights_as, mtp=mtp, sharding=single, cut=exporter.cut)
     with new_folder(out) as folder:
         writer = Writer(folder, exporter, request, say)
         for program in programs:

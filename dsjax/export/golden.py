@@ -11,8 +11,9 @@ import numpy as np
 
 from dsjax.backend import compiler_options
 from dsjax.config import V4Config
-from dsjax.export.program import Exporter, Program, Shape, step_of
+from dsjax.export.program import Exporter, Program, Shape, is_draft, step_of
 from dsjax.export.signature import parameters
+from dsjax.generate import CHUNK
 from dsjax.models import family
 from dsjax.params import Tree
 
@@ -41,22 +42,18 @@ def weights_of(program: Program, params: Tree) -> list[jax.Array]:
     return [value.leave(leaf) for value, leaf in pairs if value.name in wanted]
 
 
-def _fed(exporter: Exporter, params: Tree, shape: Shape) -> tuple[Any, Any, np.ndarray, np.ndarray]:
-    """(cache, hidden of the last step, tokens fed, how many): what a program of this shape may be called on.
-
-    Slots are fed different numbers of tokens, the first as many as leave room for the program's own.
-    """
+def _fed(exporter: Exporter, params: Tree, shape: Shape, tokens: np.ndarray, counts: np.ndarray) -> tuple[Any, Any]:
+    """The model's (cache, hidden of the last step), fed each slot's first `counts` of tokens int32 [B, n]."""
     config, numerics = exporter.config, exporter.numerics
-    room = max(shape.length - shape.tokens, 0)
-    first = 0 if shape.phase.startswith("prefill") else room  # from the first position, or up to the last
-    counts = np.array([max(first - 3 * slot, 0) for slot in range(shape.batch)], np.int32)
-    random = np.random.default_rng(SEED)
-    tokens = random.integers(0, config.vocab_size, (shape.batch, max(first, 1)), dtype=np.int32)
     cache = family(config).new_cache(config, numerics, shape.batch, shape.length)
-    step = jax.jit(step_of(exporter.whole, "decode"), compiler_options=options())
-    with exporter.chosen():
-        _, hidden, cache = step(params, cache, jnp.asarray(tokens), jnp.asarray(counts))
-    return cache, hidden, tokens, counts
+    step = jax.jit(step_of(exporter.whole, "prefill"), donate_argnums=1, compiler_options=options())
+    hidden = None
+    for at in range(0, tokens.shape[1], CHUNK):
+        chunk = tokens[:, at : at + CHUNK]
+        n_new = np.clip(counts - at, 0, chunk.shape[1]).astype(np.int32)
+        with exporter.chosen():
+            _, hidden, cache = step(params, cache, jnp.asarray(chunk), jnp.asarray(n_new))
+    return cache, hidden
 
 
 def options() -> dict[str, Any]:
@@ -72,14 +69,20 @@ def inputs_of(program: Program, params: Tree) -> list[jax.Array]:
     new = random.integers(0, config.vocab_size, (shape.batch, shape.tokens), dtype=np.int32)
     counts = np.array([max(shape.tokens - 3 * slot, min(slot, 1)) for slot in range(shape.batch)], np.int32)
     held = exporter.held(params)
-    if shape.phase.startswith("mtp"):
-        cache, hidden, _, _ = _fed(exporter, held, dataclasses.replace(shape, phase="prefill"))
+
+    def drawn(count: int) -> np.ndarray:
+        return random.integers(0, config.vocab_size, (shape.batch, count), dtype=np.int32)
+
+    if is_draft(shape.phase):  # after the model has taken as many tokens, each of which the draft's follows
+        _, hidden = _fed(exporter, held, shape, drawn(shape.tokens), counts)
         cache = family(config).new_cache(config, numerics, shape.batch, shape.length, draft=True)
-        value = next(v for v in program.arguments if v.name == "hidden")
-        wide = jnp.resize(hidden, value.spec.shape)
-        given = [*jax.tree.leaves(cache), wide, jnp.asarray(new), jnp.asarray(counts)]
-    else:
-        given = [*jax.tree.leaves(_fed(exporter, held, shape)[0]), jnp.asarray(new), jnp.asarray(counts)]
+        inputs = [hidden]
+    else:  # from the first position, or up to the last
+        before = 0 if shape.phase == "prefill" else shape.length - shape.tokens
+        lengths = np.array([max(before - 3 * slot, 0) for slot in range(shape.batch)], np.int32)
+        cache, _ = _fed(exporter, held, shape, drawn(before), lengths)
+        inputs = []
+    given = [*jax.tree.leaves(cache), *inputs, jnp.asarray(new), jnp.asarray(counts)]
     values = [v for v in program.arguments if v.kind != "param"]
     return [value.leave(a) for value, a in zip(values, given, strict=True)]
 

@@ -18,15 +18,21 @@ from dsjax.export.signature import Value, caches, expand_fp4, parameters
 from dsjax.export.targets import Target
 from dsjax.layout import Layout
 from dsjax.models import family
-from dsjax.models.ends import vocabulary_axes
+from dsjax.models.rank import rank_draft, rank_step
 from dsjax.numerics import Numerics
 from dsjax.parallel import EVERYWHERE
-from dsjax.params import Path, Stored, Tree, abstract_params, is_mtp, table
+from dsjax.params import Path, Row, Stored, Tree, abstract_params, is_mtp, table
 from quant import QArray
 from quant.operator import choosing, outlining
 from sharding import UNSPLIT
 
 PHASES = ("prefill", "decode", "mtp-prefill", "mtp")
+
+
+def is_draft(phase: str) -> bool:
+    """Whether a phase is the draft module's."""
+    return phase.startswith("mtp")
+
 
 PLATFORM = "generic"
 """What programs are lowered for: JAX takes the rules that hold on any platform."""
@@ -64,7 +70,6 @@ class Exporter:
       spmd: "manual": the program of one rank, with its collectives; "auto": of all, with shardings.
       choices: variants of operators.
       stored: how each row is stored in the checkpoint; the official way if None.
-      outline: whether operators are functions of their own.
       split: whether ranks share it at all.
     """
 
@@ -75,7 +80,6 @@ class Exporter:
     spmd: str = "manual"
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stored: Mapping[Path, Stored] | None = None
-    outline: bool = True
     split: bool = True
 
     @property
@@ -104,9 +108,12 @@ class Exporter:
 
     def params(self, mtp: bool = False) -> Tree:
         """Shapes of the parameters, whole, as the step takes them."""
-        cut = lambda row, held: self.layout.held(row, held, self.config)  # noqa: E731
-        shapes = abstract_params(self.config, mtp=mtp, stored=self.stored, weights=self.target.weights, cut=cut)
-        return self.held(shapes)
+        weights = self.target.weights
+        return self.held(abstract_params(self.config, mtp=mtp, stored=self.stored, weights=weights, cut=self.cut))
+
+    def cut(self, row: Row, held: Stored) -> Stored:
+        """Scale blocks as ranks need them: what `checkpoint.load` asks."""
+        return self.layout.held(row, held, self.config)
 
     def held(self, params: Tree) -> Tree:
         """Loaded parameters, or shapes of them, as the step takes them."""
@@ -119,7 +126,7 @@ class Exporter:
     def cache(self, shape: Shape) -> Any:
         """Shapes of the cache, of all ranks together."""
         make = partial(family(self.config).new_cache, self.config, self.numerics, shape.batch, shape.length)
-        return jax.eval_shape(partial(make, draft=shape.phase.startswith("mtp")))
+        return jax.eval_shape(partial(make, draft=is_draft(shape.phase)))
 
     def chosen(self) -> contextlib.AbstractContextManager[None]:
         """Under which its programs are traced."""
@@ -131,7 +138,7 @@ class Exporter:
         Raises:
           InputError: for a draft module that is not there, or a batch that the ranks do not split.
         """
-        if shape.phase.startswith("mtp") and not self.has_mtp:
+        if is_draft(shape.phase) and not self.has_mtp:
             raise InputError(f"--phases {shape.phase}: expected a model with a draft module, found none")
         ways = self.layout.rules.ways("slots")
         if shape.batch % ways:
@@ -141,19 +148,8 @@ class Exporter:
 
 def step_of(exporter: Exporter, phase: str) -> Callable[..., tuple[Any, Any, Any]]:
     """(params, cache, *inputs) -> (logits, hidden, cache): the model's, for one device or for a rank."""
-    config, numerics = exporter.config, exporter.numerics
     rules = exporter.layout.rules if exporter.manual else UNSPLIT
-    model = family(config)
-
-    def step(params: Tree, cache: Any, tokens: jax.Array, n_new: jax.Array) -> tuple[Any, Any, Any]:
-        tokens, n_new = (rules.part("slots", a) for a in (tokens, n_new))
-        return model.step(config, numerics, params, cache, tokens, n_new, "last", rules)
-
-    def draft(params: Tree, cache: Any, hidden: jax.Array, *inputs: jax.Array) -> tuple[Any, Any, Any]:
-        tokens, n_new = (rules.part("slots", a) for a in inputs)
-        return model.draft(config, numerics, params, cache, hidden, tokens, n_new, "last", rules)
-
-    return draft if phase.startswith("mtp") else step
+    return partial(rank_draft if is_draft(phase) else rank_step, exporter.config, exporter.numerics, rules, "last")
 
 
 class Program:
@@ -166,7 +162,7 @@ class Program:
 
     def __init__(self, exporter: Exporter, shape: Shape) -> None:
         self.exporter, self.shape = exporter, shape
-        config, layout, mtp = exporter.config, exporter.layout, shape.phase.startswith("mtp")
+        config, layout, mtp = exporter.config, exporter.layout, is_draft(shape.phase)
         self.params, self.cache = exporter.params(mtp), exporter.cache(shape)
         param_specs, cache_specs = layout.param_specs(self.params, config), layout.cache_specs(self.cache)
         found = list(parameters(self.params, param_specs, config, exporter.target, exporter.stored))
@@ -181,13 +177,13 @@ class Program:
             whole("input", "tokens", jax.ShapeDtypeStruct((shape.batch, shape.tokens), jnp.int32)),
             whole("input", "n_new", jax.ShapeDtypeStruct((shape.batch,), jnp.int32)),
         ]
-        slots = layout.rules.spec(("slots",))
+        slots = layout.hidden_spec()
         if mtp:
             inputs.insert(0, whole("input", "hidden", self._hidden(), slots))
         self.arguments = [*weights, *held, *inputs]
         logits = jax.ShapeDtypeStruct((shape.batch, config.vocab_size), jnp.float32)
         self.results = [
-            whole("output", "logits", logits, self._logits_spec()),
+            whole("output", "logits", logits, layout.logits_spec(positions=False)),
             whole("output", "hidden", self._hidden(), slots),
             *held,
         ]
@@ -197,12 +193,6 @@ class Program:
         streams = (config.hc_mult,) if hasattr(config, "hc_mult") else ()
         shape = (self.shape.batch, self.shape.tokens, *streams, config.hidden_size)
         return jax.ShapeDtypeStruct(shape, jnp.dtype(numerics.dtype))
-
-    def _logits_spec(self) -> PartitionSpec:
-        rules = self.exporter.layout.rules
-        differ, _ = vocabulary_axes(rules)
-        slots = tuple(a for a in rules.axes("slots") if a not in differ)
-        return PartitionSpec(slots or None, rules.axes("vocab") or None)
 
     @property
     def aliases(self) -> dict[int, int]:
@@ -242,7 +232,6 @@ class Program:
         elif exporter.ranks > 1:
             place = lambda specs: tuple(NamedSharding(mesh, spec) for spec in specs)  # noqa: E731
             options = {"in_shardings": place(inputs), "out_shardings": list(place(outputs))}
-            function = lambda *arrays: self.function(*arrays)  # noqa: E731
-        with exporter.chosen(), outlining() if exporter.outline else contextlib.nullcontext():
+        with exporter.chosen(), outlining():
             traced = jax.jit(function, keep_unused=True, **options).trace(*(v.spec for v in self.arguments))
             return traced.lower(lowering_platforms=(PLATFORM,))

@@ -14,7 +14,7 @@ from jax._src import compiler
 from jaxlib import _jax
 from jaxlib.mlir import ir
 
-from dsjax.backend import LANES
+from dsjax.backend import has_long_rows
 from dsjax.export.consumers.base import Arrays, Refused, new_context, parse, serialise
 from dsjax.export.consumers.collectives import COLLECTIVES
 
@@ -61,7 +61,7 @@ def lay_out_rows(module: ir.Module) -> None:
 
     def row_major(type_: Any, kept: dict[str, Any], always: bool) -> ir.Attribute:
         shape = ir.RankedTensorType(type_).shape
-        if always or (shape and shape[-1] >= LANES):
+        if always or has_long_rows(shape):
             order = ",".join(str(axis) for axis in reversed(range(len(shape))))
             kept["mhlo.layout_mode"] = ir.StringAttr.get(f"{{{order}}}")
         return ir.DictAttr.get(kept)
