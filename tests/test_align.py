@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from bundles import GOLDEN, outputs, safetensors_bytes, save_tensors, write_bundle
 from damage import refused
+from helpers import SYNTH_SETTINGS
 
 from dsjax.align import Tap, compare, taps
 from dsjax.align.plot import Point, html_page, svg_scatter
 from dsjax.align.show import report_plot, report_text
 from dsjax.cli.main import main
 from dsjax.errors import InputError
+from dsjax.synth import synth_config, synthesise
 
 Capture = pytest.CaptureFixture[str]
 LAYERS, EXPERTS, WIDTH, TOKENS = 3, 6, 16, 12
@@ -301,3 +303,16 @@ def test_plot_of_little_and_of_much() -> None:
         ElementTree.fromstring(svg_scatter(points, {}, "t", "x", "y"))
     many = svg_scatter([Point(i, 10.0**-i, f"op{i}", "") for i in range(60)], {}, "t", "x", "y")
     assert "and 38 more" in many and "1e-59" in many
+
+
+def test_two_configurations_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal variants agree in every operator; another resident format departs, and is named where it first does."""
+    folder = tmp_path / "model"
+    settings = SYNTH_SETTINGS | {"first_k_dense_replace": 1}
+    synthesise(folder, synth_config("deepseek-v3", layers=2, settings=settings), template="deepseek-v3")
+    flags = ["align", "--model", str(folder), "--dtype", "float32", "--length", "6", "--gate", "strict", "--json"]
+    assert main([*flags, "--against", "top_k=loop,sort_assignments=count"]) == 0
+    capsys.readouterr()
+    assert main([*flags, "--against", "int8"]) == 1
+    assert "look_up" in capsys.readouterr().out
+    assert main([*flags, "--against", "nothing"]) == 2
