@@ -71,6 +71,16 @@ def test_element_types_in_and_out(name: str) -> None:
         np.testing.assert_array_equal(y.astype(np.float32), np.roll(x.astype(np.float32), -1) if x.ndim else 8)
 
 
+@pytest.mark.verify
+def test_iree_names_the_target_that_it_takes() -> None:
+    """It has no FP4: that is said before its compiler is asked, with or without arguments."""
+    codes = np.zeros(4, dtype_of("float4_e2m1fn"))
+    module = portable(jax.jit(lambda x: x.astype(jnp.float32)).lower(codes))
+    for ask in (lambda: consumer("iree").run(module, [codes]), lambda: consumer("iree").compile([module])):
+        with pytest.raises(Refused, match=r"^it has no f4E2M1FN; --target typed-fp8 or portable have none$"):
+            ask()
+
+
 def test_bundles_agree(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle = write_bundle(tmp_path / "bundle", [decode(), typed(), ranked(), ranked_apart()])
     report = verify(bundle, [name], say=_quiet)

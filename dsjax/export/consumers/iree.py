@@ -80,7 +80,10 @@ def execute(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) ->
     import iree.runtime as runtime
 
     parsed = parse(modules[0], new_context())
-    function = str(main_function(parsed).attributes["sym_name"].value)
+    main = main_function(parsed)
+    if any("f4E2M1FN" in str(t) for t in main.type.inputs):
+        raise Refused("it has no f4E2M1FN; --target typed-fp8 or portable have none")
+    function = str(main.attributes["sym_name"].value)
     code = iree.compiler.compile_str(modules[0], input_type="stablehlo", extra_args=list(FLAGS))
     if not arguments:
         return [], {"code_bytes": len(code)}
@@ -104,14 +107,11 @@ def execute(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) ->
 
 def _view(runtime: Any, device: Any, array: np.ndarray) -> Any:
     """An argument as the runtime's buffer, its element type named."""
-    element = _ELEMENTS.get(array.dtype.name)
-    if element is None:
-        raise Refused(f"its runtime has no arguments of {array.dtype.name}")
     bits = np.asarray(array.view(f"u{array.dtype.itemsize}"), order="C")
     return device.allocator.allocate_buffer_copy(
         memory_type=runtime.MemoryType.DEVICE_LOCAL,
         allowed_usage=runtime.BufferUsage.DEFAULT | runtime.BufferUsage.MAPPING,
         device=device,
         buffer=bits,
-        element_type=getattr(runtime.HalElementType, element),
+        element_type=getattr(runtime.HalElementType, _ELEMENTS[array.dtype.name]),
     )
