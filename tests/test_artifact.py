@@ -160,6 +160,26 @@ def test_an_artifact_read_back_computes_the_same() -> None:
             np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_ranks_differ_in_their_number_alone(held: bool) -> None:
+    """Each rank's artifact, read back, is its text; also where the sought number is in the program already."""
+    constant = f"%c = stablehlo.constant dense<{artifact._SOUGHT}> : tensor<ui32>\n" if held else ""
+    body = f"""
+      %0 = stablehlo.partition_id : tensor<ui32>
+      %1 = stablehlo.partition_id : tensor<ui32>
+      {constant}
+      %2 = stablehlo.add %0, %1 : tensor<ui32>
+      %3 = stablehlo.add %2, {"%c" if held else "%0"} : tensor<ui32>
+      return %3 : tensor<ui32>"""
+    program = f"module {{ func.func public @main() -> tensor<ui32> {{{body}\n}} }}"
+    made = list(artifact.of_ranks(program, "1.1.0", 300))
+    assert len({data for _, data in made}) == 300
+    for rank in (0, 1, 299):
+        text, data = made[rank]
+        one_by_one = artifact.text(artifact.deserialise(artifact.serialize_portable_artifact(text, "1.1.0", False)))
+        assert f"dense<{rank}>" in one_by_one and artifact.text(artifact.deserialise(data)) == one_by_one
+
+
 def test_damage_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     whole = artifact.serialise(lowered(doubled, ((4,), F32)), "1.9.0")
     header = whole.index(b"\x00") + 1

@@ -170,6 +170,10 @@ def versions() -> tuple[str, ...]:
     return tuple(".".join(map(str, v)) for v in (least, *inside, most))
 
 
+_SOUGHT = 0x9E3779B9
+"""A rank's number in an artifact before it has one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ready:
     """A stripped module as bytecode: given a module itself, jaxlib 0.10.2 ends the process.
@@ -250,15 +254,25 @@ def portable(stripped: ir.Module, version: str | None, least: str | None = None)
     return made or serialise(stripped, versions()[-1]), least or versions()[-1]
 
 
-def of_rank(stripped_text: str, version: str, rank: int) -> tuple[str, bytes]:
-    """(text, artifact) of one rank's program, from the text of the stripped program of all and a version that fits.
+def of_ranks(stripped_text: str, version: str, ranks: int) -> Iterator[tuple[str, bytes]]:
+    """(text, artifact) of each rank's program, from the text of the stripped program of all and a version that fits.
 
-    A rank's number is a constant in it and nothing else differs: ranks need not be stripped and checked one by one.
+    A rank's number is a constant in it and nothing else differs. So one artifact is made, with a number that is found
+    again among its bytes; else, in the seldom case that they hold it elsewhere, too, one for each rank.
     """
-    text_ = stripped_text.replace(
-        "stablehlo.partition_id : tensor<ui32>", f"stablehlo.constant dense<{rank}> : tensor<ui32>"
-    )
-    return text_, serialize_portable_artifact(text_, version, False)
+
+    def numbered(rank: int) -> str:
+        return stripped_text.replace("stablehlo.partition_id :", f"stablehlo.constant dense<{rank}> :")
+
+    sought = _SOUGHT.to_bytes(4, "little")
+    first = serialize_portable_artifact(numbered(_SOUGHT), version, False)
+    once = first.count(sought) == int(numbered(0) != stripped_text) and str(_SOUGHT) not in stripped_text
+    for rank in range(ranks):
+        text_ = numbered(rank)
+        if once:
+            yield text_, first.replace(sought, rank.to_bytes(4, "little"))
+        else:
+            yield text_, serialize_portable_artifact(text_, version, False)
 
 
 def _fault(stripped: ir.Module, complaint: str, version: str) -> str:

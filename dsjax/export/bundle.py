@@ -188,10 +188,10 @@ class Writer:
             self._files(shape.name, artifact.text(stripped), portable, least)
             self.modules.append(_entry(program, shape.name, None, where))
         else:
-            text = artifact.text(stripped)
-            for rank in range(exporter.ranks):
+            each = artifact.of_ranks(artifact.text(stripped), request.version or least, exporter.ranks)
+            for rank, files in enumerate(each):
                 name = f"{shape.name}-rank{rank}"
-                self._files(name, *artifact.of_rank(text, request.version or least, rank), least)
+                self._files(name, *files, least)
                 self.modules.append(_entry(program, name, rank, where))
 
     def block(self, block: Block) -> None:
