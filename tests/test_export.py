@@ -17,6 +17,7 @@ from dsjax.cli.main import main
 from dsjax.config import load_config
 from dsjax.export.artifact import deserialise
 from dsjax.export.consumers import jax as jax_consumer
+from dsjax.export.consumers.base import main_function
 from dsjax.export.inventory import inventory
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.export.verify import verify
@@ -61,6 +62,23 @@ def _cases() -> list[Any]:
                 marks = [] if (preset, target, numerics) in few else [pytest.mark.full]
                 found.append(pytest.param(preset, target, numerics, marks=marks))
     return found
+
+
+def test_programs_take_what_they_use_and_params_json_is_all_of_it(v3: Path) -> None:
+    """The draft module's program has no parameter of the model's layers."""
+    manifest, described = _json(v3, "manifest.json"), _json(v3, "params.json")
+    taken: dict[str, set[str]] = {}
+    for module in manifest["modules"]:
+        if module["kind"] == "model":
+            program = deserialise((v3 / f"modules/{module['name']}.vhlo.bc").read_bytes())
+            given = zip(module["arguments"], main_function(program).arguments, strict=True)
+            unused = [a["name"] for a, value in given if not list(value.uses)]
+            assert unused == []
+            taken[module["phase"]] = {a["name"] for a in module["arguments"] if a["kind"] == "param"}
+    assert {name.split(".")[0] for name in taken["mtp"]} == {"embed", "head", "mtp"}
+    assert not any(name.startswith("mtp") for name in taken["decode"])
+    paths = [a["path"] for a in described["arguments"]]
+    assert sorted(paths) == sorted(taken["mtp"] | taken["decode"] | taken["prefill"])
 
 
 @pytest.mark.parametrize(("preset", "target", "numerics"), _cases())

@@ -215,9 +215,7 @@ class Writer:
 
     def finish(self, programs: Sequence[Program], model: Model) -> dict[str, Any]:
         """Writes everything else, the manifest last."""
-        # The draft module's program has the main model's parameters, too.
-        widest = next((p for p in programs if is_draft(p.shape.phase)), programs[0])
-        arguments = self._parameters(widest)
+        arguments = self._parameters(programs)
         total = sum(a["bytes"] for a in arguments)
         held = [a["checkpoint_bytes"] for a in arguments]
         stored = None if None in held else sum(held)
@@ -239,12 +237,13 @@ class Writer:
         self.json("manifest.json", manifest)
         return manifest
 
-    def _parameters(self, program: Program) -> list[dict[str, Any]]:
-        request = self.request
+    def _parameters(self, programs: Sequence[Program]) -> list[dict[str, Any]]:
+        exporter, request, parameters = self.exporter, self.request, weights.parameters_of(programs)
         if request.checkpoint is None or request.weights == "none":
-            return weights.describe(program)
+            return weights.describe(exporter, parameters)
         self.say("parameters: reading" if request.weights == "reference" else "parameters: copying")
-        return weights.read(program, request.checkpoint, self.folder if request.weights == "copy" else None)
+        out = self.folder if request.weights == "copy" else None
+        return weights.read(exporter, parameters, request.checkpoint, out)
 
     def _manifest(self) -> dict[str, Any]:
         exporter, request = self.exporter, self.request

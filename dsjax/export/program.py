@@ -34,6 +34,9 @@ def is_draft(phase: str) -> bool:
     return phase.startswith("mtp")
 
 
+OF_DRAFTS = ("embed", "head", "mtp")
+"""Parameters that the draft module takes."""
+
 PLATFORM = "generic"
 """What programs are lowered for: JAX takes the rules that hold on any platform."""
 
@@ -107,9 +110,10 @@ class Exporter:
         return bool(rows) and (self.stored is None or any(row.path in self.stored for row in rows))
 
     def params(self, mtp: bool = False) -> Tree:
-        """Shapes of the parameters, whole, as the step takes them."""
+        """Shapes of the parameters, whole, as the step takes them; or what the draft module takes of them."""
         weights = self.target.weights
-        return self.held(abstract_params(self.config, mtp=mtp, stored=self.stored, weights=weights, cut=self.cut))
+        found = self.held(abstract_params(self.config, mtp=mtp, stored=self.stored, weights=weights, cut=self.cut))
+        return {name: found[name] for name in OF_DRAFTS} if mtp else found
 
     def cut(self, row: Row, held: Stored) -> Stored:
         """Scale blocks as ranks need them: what `checkpoint.load` asks."""

@@ -22,7 +22,8 @@ from dsjax.checkpoint.placing import extents, split_region
 from dsjax.checkpoint.reading import Reader
 from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
-from dsjax.export.program import Program
+from dsjax.config import Config
+from dsjax.export.program import Exporter, Program
 from dsjax.export.signature import E4M3_OF_E2M1, Value
 from dsjax.params import INTEGER, Row, Stored, leaf_shape, official_storage, resident, scale_grid, table
 from quant import E2M1
@@ -34,20 +35,22 @@ COPY = "params/params.safetensors"
 class Parameter:
     """An argument, the row that it is of, and which of its arrays."""
 
-    index: int
     row: Row
     part: str
     value: Value
 
 
-def parameters_of(program: Program) -> list[Parameter]:
-    """The program's parameters in order."""
-    pairs = zip(program.rows, program.arguments, strict=False)  # parameters come first
-    return [Parameter(i, row, part, value) for i, ((row, part), value) in enumerate(pairs)]
+def parameters_of(programs: Sequence[Program]) -> list[Parameter]:
+    """All parameters of the programs, each once."""
+    found: dict[str, Parameter] = {}
+    for program in programs:
+        for (row, part), value in zip(program.rows, program.arguments, strict=False):  # parameters come first
+            found.setdefault(value.name, Parameter(row, part, value))
+    return list(found.values())
 
 
-def _described(parameter: Parameter, program: Program, held: Stored) -> dict[str, Any]:
-    value, exporter = parameter.value, program.exporter
+def _described(parameter: Parameter, exporter: Exporter, held: Stored) -> dict[str, Any]:
+    value = parameter.value
     extents_, ranks = exporter.layout.rules.extents, exporter.ranks
     slices = {str(r): value.slice(r, extents_) for r in range(ranks)} if ranks > 1 else None
     scheme = held.format
@@ -58,7 +61,6 @@ def _described(parameter: Parameter, program: Program, held: Stored) -> dict[str
     if exporter.target.expand_fp4 and held.format == E2M1.name:
         scheme = scheme.replace("e2m1", "e4m3", 1)
     return {
-        "index": parameter.index,
         "path": value.name,
         "shape": list(value.spec.shape),
         "dtype": np.dtype(value.spec.dtype).name,
@@ -130,33 +132,30 @@ def _stream(reader: Reader, parameter: Parameter, held: Stored, expand: bool, si
             sink(piece.reshape(-1).view(np.uint8).data)
 
 
-def describe(program: Program) -> list[dict[str, Any]]:
+def describe(exporter: Exporter, parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
     """params.json's arguments of a model without weights."""
-    exporter = program.exporter
-    held = _held(program, exporter.stored)
+    held = _held(exporter, exporter.stored)
     found = []
-    for parameter in parameters_of(program):
+    for parameter in parameters:
         base, kept = held(parameter.row)
-        entry = _described(parameter, program, kept)
+        entry = _described(parameter, exporter, kept)
         if exporter.target.weights == "stored" and not exporter.target.expand_fp4:
-            entry["checkpoint_bytes"] = _official_bytes(parameter, program, base)
+            entry["checkpoint_bytes"] = _official_bytes(parameter, exporter.config, base)
         found.append(entry)
     return found
 
 
-def _official_bytes(parameter: Parameter, program: Program, base: Stored) -> int:
+def _official_bytes(parameter: Parameter, config: Config, base: Stored) -> int:
     """Of the argument's tensors in the official checkpoint: ids are int64 there, and no rank's edge cuts a block."""
     if parameter.row.storage == INTEGER:
         return 2 * parameter.value.nbytes
     if parameter.part == "scales":
-        grid = scale_grid(leaf_shape(parameter.row, program.exporter.config), base.block)
+        grid = scale_grid(leaf_shape(parameter.row, config), base.block)
         return math.prod(grid) * np.dtype(parameter.value.file.dtype).itemsize
     return parameter.value.nbytes
 
 
-def _held(program: Program, stored: Any) -> Callable[[Row], tuple[Stored, Stored]]:
-    exporter = program.exporter
-
+def _held(exporter: Exporter, stored: Any) -> Callable[[Row], tuple[Stored, Stored]]:
     def find(row: Row) -> tuple[Stored, Stored]:
         base = stored[row.path] if stored else official_storage(row, exporter.config)
         return base, exporter.layout.held(row, resident(row, base, exporter.target.weights), exporter.config)
@@ -164,29 +163,31 @@ def _held(program: Program, stored: Any) -> Callable[[Row], tuple[Stored, Stored
     return find
 
 
-def read(program: Program, folder: FilePath, out: FilePath | None) -> list[dict[str, Any]]:
+def read(
+    exporter: Exporter, parameters: Sequence[Parameter], folder: FilePath, out: FilePath | None
+) -> list[dict[str, Any]]:
     """The same with a checkpoint: sources, recipes and hashes; and a copy of the bytes.
 
     Args:
-      program: with all parameters that are to be described.
+      exporter, parameters: what is to be described.
       folder: the checkpoint's.
       out: where `COPY` is written; None for no copy.
 
     Raises:
       InputError: for a damaged checkpoint.
     """
-    config = program.exporter.config
+    config = exporter.config
     found: list[dict[str, Any]] = []
     with open_files(folder, config) as files:
         stored = agree(files, config)
-        find = _held(program, stored)
+        find = _held(exporter, stored)
         rows = {row.path: row for row in table(config) if row.path in stored}
         held = {path: find(row)[1] for path, row in rows.items() if row.copy_of is None}
-        with Reader(files, config, stored, held) as reader, _Copy(program, out) as copy:
-            for parameter in parameters_of(program):
+        with Reader(files, config, stored, held) as reader, _Copy(parameters, out) as copy:
+            for parameter in parameters:
                 base, kept = find(parameter.row)
-                expand = program.exporter.target.expand_fp4 and kept.format == E2M1.name and parameter.part == "codes"
-                entry = _described(parameter, program, kept)
+                expand = exporter.target.expand_fp4 and kept.format == E2M1.name and parameter.part == "codes"
+                entry = _described(parameter, exporter, kept)
                 tensors = _tensors(parameter, files)
                 digest = hashlib.sha256()
                 sinks: list[Write] = [digest.update, *copy.sinks(parameter.value.name)]
@@ -206,8 +207,8 @@ def read(program: Program, folder: FilePath, out: FilePath | None) -> list[dict[
 class _Copy:
     """One safetensors file of all parameters, written as their bytes come."""
 
-    def __init__(self, program: Program, out: FilePath | None) -> None:
-        self._specs = [_file_spec(p.value) for p in parameters_of(program)]
+    def __init__(self, parameters: Sequence[Parameter], out: FilePath | None) -> None:
+        self._specs = [_file_spec(p.value) for p in parameters]
         self._path = None if out is None else out / COPY
 
     def __enter__(self) -> _Copy:
