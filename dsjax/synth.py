@@ -135,8 +135,8 @@ def _scale_type(stored: Stored) -> np.dtype:
     return DTYPES[_TYPES[stored.scales or "f32"]]
 
 
-def _specs(row: Row, name: str, config: Config) -> Iterator[Spec]:
-    """What is written of one weight: itself and its scales."""
+def official_specs(row: Row, name: str, config: Config) -> Iterator[Spec]:
+    """What a checkpoint as DeepSeek writes it has of one weight: itself and its scales."""
     shape, stored = matrix_shape(row, config), official_storage(row, config)
     if stored.format == "e2m1":
         if shape[-1] % 2:
@@ -149,7 +149,7 @@ def _specs(row: Row, name: str, config: Config) -> Iterator[Spec]:
 
 
 def _arrays(row: Row, source: str, config: Config, seed: int) -> Iterator[np.ndarray]:
-    """The values of `_specs`."""
+    """The values of `official_specs`."""
     shape, stored = matrix_shape(row, config), official_storage(row, config)
     if row.storage == INTEGER:
         yield _ids(source, shape, config.n_routed_experts, seed)
@@ -186,7 +186,7 @@ def synthesise(out: Path, config_json: dict[str, Any], *, template: str = "deeps
         )
     check_space(out, accounting(config)["bytes"])  # before listing what may be millions of tensors
     order = sorted(_tensors(config), key=lambda t: t[0])
-    specs = [spec for _, row, name, _ in order for spec in _specs(row, name, config)]
+    specs = [spec for _, row, name, _ in order for spec in official_specs(row, name, config)]
     arrays = (array for _, row, _, source in order for array in _arrays(row, source, config, seed))
     with new_folder(out) as folder:
         write_checkpoint_files(folder, specs, arrays)

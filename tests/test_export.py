@@ -81,6 +81,18 @@ def test_programs_take_what_they_use_and_params_json_is_all_of_it(v3: Path) -> N
     assert sorted(paths) == sorted(taken["mtp"] | taken["decode"] | taken["prefill"])
 
 
+def test_a_preset_names_the_tensors_that_its_checkpoint_has(v3: Path, tmp_path: Path) -> None:
+    """Without weights: the same tensors, types and recipes; only files, offsets and hashes are missing."""
+    bundle, phases = tmp_path / "bundle", "prefill,decode,mtp"
+    assert main(["export", *twin_flags("deepseek-v3"), "--length", "32", "--phases", phases, "--out", str(bundle)]) == 0
+    described, read = (_json(folder, "params.json") for folder in (bundle, v3))
+    assert described["checkpoint_bytes"] == read["checkpoint_bytes"]
+    for one, other in zip(described["arguments"], read["arguments"], strict=True):
+        assert one["recipe"] == other["recipe"] and one["sources"]
+        given = [{**source, "file": None, "offset": None} for source in other["sources"]]
+        assert one["sources"] == given
+
+
 @pytest.mark.parametrize(("preset", "target", "numerics"), _cases())
 def test_bundle_gives_the_jitted_models_bits(tmp_path: Path, preset: str, target: str, numerics: str) -> None:
     """XLA:CPU, from the bundle's files, against the model under `jax.jit`: the same bits."""

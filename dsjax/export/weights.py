@@ -22,10 +22,11 @@ from dsjax.checkpoint.placing import extents, split_region
 from dsjax.checkpoint.reading import Reader
 from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
-from dsjax.config import Config
+from dsjax.config import Config, IntegerQuantization
 from dsjax.export.program import Exporter, Program
 from dsjax.export.signature import E4M3_OF_E2M1, Value
-from dsjax.params import INTEGER, Row, Stored, leaf_shape, official_storage, resident, scale_grid, table
+from dsjax.params import Row, Stored, official_storage, resident, table
+from dsjax.synth import official_specs
 from quant import E2M1
 
 COPY = "params/params.safetensors"
@@ -85,18 +86,31 @@ def _tensors(parameter: Parameter, files: Files) -> list[Tensor]:
     return found
 
 
-def _source(tensor: Tensor, folder: FilePath) -> dict[str, Any]:
+def _published(parameter: Parameter, config: Config) -> list[Spec]:
+    """The same of a checkpoint that is not there, as DeepSeek writes it."""
+    if isinstance(config.quantization, IntegerQuantization):
+        return []  # written in many ways
+    specs = (list(official_specs(parameter.row, name, config)) for _, name in parameter.row.tensors())
+    return [found[-1] if parameter.part == "scales" else found[0] for found in specs]
+
+
+def _source(tensor: Tensor | Spec, folder: FilePath | None) -> dict[str, Any]:
+    file = offset = None
+    if isinstance(tensor, Tensor) and folder is not None:
+        file, offset = str(tensor.path.relative_to(folder)), tensor.offset
     return {
         "tensor": tensor.name,
-        "file": str(tensor.path.relative_to(folder)),
-        "offset": tensor.offset,
+        "file": file,
+        "offset": offset,
         "bytes": tensor.nbytes,
         "dtype": tensor.dtype.name,
         "shape": list(tensor.shape),
     }
 
 
-def _recipe(parameter: Parameter, tensors: Sequence[Tensor], stored: Stored, held: Stored, expanded: bool) -> str:
+def _recipe(
+    parameter: Parameter, tensors: Sequence[Tensor | Spec], stored: Stored, held: Stored, expanded: bool
+) -> str:
     if stored == held and not expanded and sum(t.nbytes for t in tensors) == parameter.value.nbytes:
         return "stack"
     wanted = np.dtype(parameter.value.spec.dtype).name
@@ -114,7 +128,7 @@ def _recipe(parameter: Parameter, tensors: Sequence[Tensor], stored: Stored, hel
 Write = Callable[[memoryview], object]
 
 
-def _stream(reader: Reader, parameter: Parameter, held: Stored, expand: bool, sinks: Sequence[Write]) -> None:
+def _stream(reader: Reader, parameter: Parameter, expand: bool, sinks: Sequence[Write]) -> None:
     """Gives the argument's bytes to every sink, in row-major order, a region at a time."""
     value, part = parameter.value, parameter.part or "codes"
     shape = list(value.held.shape)
@@ -133,26 +147,33 @@ def _stream(reader: Reader, parameter: Parameter, held: Stored, expand: bool, si
 
 
 def describe(exporter: Exporter, parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
-    """params.json's arguments of a model without weights."""
+    """params.json's arguments of a model without weights: made of the tensors that DeepSeek's checkpoint has."""
     held = _held(exporter, exporter.stored)
     found = []
     for parameter in parameters:
         base, kept = held(parameter.row)
-        entry = _described(parameter, exporter, kept)
-        if exporter.target.weights == "stored" and not exporter.target.expand_fp4:
-            entry["checkpoint_bytes"] = _official_bytes(parameter, exporter.config, base)
-        found.append(entry)
+        found.append(_entry(parameter, exporter, base, kept, _published(parameter, exporter.config)))
     return found
 
 
-def _official_bytes(parameter: Parameter, config: Config, base: Stored) -> int:
-    """Of the argument's tensors in the official checkpoint: ids are int64 there, and no rank's edge cuts a block."""
-    if parameter.row.storage == INTEGER:
-        return 2 * parameter.value.nbytes
-    if parameter.part == "scales":
-        grid = scale_grid(leaf_shape(parameter.row, config), base.block)
-        return math.prod(grid) * np.dtype(parameter.value.file.dtype).itemsize
-    return parameter.value.nbytes
+def _entry(
+    parameter: Parameter,
+    exporter: Exporter,
+    stored: Stored,
+    held: Stored,
+    tensors: Sequence[Tensor | Spec],
+    folder: FilePath | None = None,
+) -> dict[str, Any]:
+    entry = _described(parameter, exporter, held)
+    if tensors:
+        entry["sources"] = [_source(t, folder) for t in tensors]
+        entry["checkpoint_bytes"] = sum(t.nbytes for t in tensors)
+        entry["recipe"] = _recipe(parameter, tensors, stored, held, _expands(parameter, exporter, held))
+    return entry
+
+
+def _expands(parameter: Parameter, exporter: Exporter, held: Stored) -> bool:
+    return exporter.target.expand_fp4 and held.format == E2M1.name and parameter.part == "codes"
 
 
 def _held(exporter: Exporter, stored: Any) -> Callable[[Row], tuple[Stored, Stored]]:
@@ -186,16 +207,11 @@ def read(
         with Reader(files, config, stored, held) as reader, _Copy(parameters, out) as copy:
             for parameter in parameters:
                 base, kept = find(parameter.row)
-                expand = exporter.target.expand_fp4 and kept.format == E2M1.name and parameter.part == "codes"
-                entry = _described(parameter, exporter, kept)
-                tensors = _tensors(parameter, files)
+                entry = _entry(parameter, exporter, base, kept, _tensors(parameter, files), folder)
                 digest = hashlib.sha256()
                 sinks: list[Write] = [digest.update, *copy.sinks(parameter.value.name)]
-                _stream(reader, parameter, kept, expand, sinks)
+                _stream(reader, parameter, _expands(parameter, exporter, kept), sinks)
                 entry["sha256"] = digest.hexdigest()
-                entry["sources"] = [_source(t, folder) for t in tensors]
-                entry["checkpoint_bytes"] = sum(t.nbytes for t in tensors)
-                entry["recipe"] = _recipe(parameter, tensors, base, kept, expand)
                 if out is not None:
                     entry["copy"] = {"file": COPY, "tensor": parameter.value.name}
                 found.append(entry)
