@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import save_tensors
-from verify_bundles import RANKS, decode, ranked, rehash, typed, write_bundle
+from verify_bundles import RANKS, decode, ranked, recursive, rehash, typed, write_bundle
 
 from dsjax.checkpoint.safetensors import Files, read_tensors
 from dsjax.cli.main import main
 from dsjax.errors import InputError
+from dsjax.export.consumers.jax import Jax
 from dsjax.export.standalone.verify import verify as standalone_verify
 from dsjax.export.verify import verify
 
@@ -117,6 +118,7 @@ def test_what_it_keeps_passes_the_bundles_own_check(sharded: Path, tmp_path: Pat
     _run(sharded, out=tmp_path / "one")
     assert standalone_verify(sharded, tmp_path / "one")["within_strict"]
     assert (tmp_path / "one" / "decode-b2-s4" / f"rank{RANKS - 1}" / "outputs.safetensors").is_file()
+    assert main(["align", str(sharded), str(tmp_path / "one"), "--gate", "strict"]) == 0
     _run(sharded, "jax,interpreter", out=tmp_path / "two")
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"jax", "interpreter"}
     with pytest.raises(InputError, match="found something there"):
@@ -269,6 +271,107 @@ def test_the_documented_exception_of_the_interpreter(tmp_path: Path) -> None:
     assert report["passed"]
 
 
+def test_an_exception_excuses_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A golden that is wrong besides, which XLA tells, and a consumer that is wrong besides."""
+    example = typed(scales=[127, 127, 127, 255])
+    bundle = write_bundle(tmp_path / "right", [example])
+    example.results[1].array = np.array([1000, -7, 3, np.nan], np.float32)
+    found = _run(write_bundle(tmp_path / "wrong", [example]), "interpreter")
+    assert not found["passed"] and found["programs"]["block-decode-0"]["interpreter"]["state"] == "departed"
+    why = found["programs"]["block-decode-0"]["interpreter"]["why"]
+    assert why == "not by that alone: XLA departs from the golden, too"
+
+    def run(self: Any, module: bytes, arguments: list[np.ndarray]) -> list[np.ndarray]:
+        results = Jax().run(module, arguments)
+        return [results[0] * 2, *results[1:]]
+
+    monkeypatch.setattr("dsjax.export.consumers.interpreter.Interpreter.run", run)
+    report = _run(bundle, "interpreter")["programs"]["block-decode-0"]["interpreter"]
+    assert report["state"] == "departed"
+    assert report["why"] == "not by that alone: without such codes it departs from XLA, too"
+
+
+TOLD = {name: {"strict": None, "bound": None} for name in ("logits", "hidden", "kv")}
+EXACT = {name: {"strict": 0, "bound": 0} for name in ("length", "top")}
+
+
+def test_what_has_no_bound_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong golden of logits does not fail, and is shown; a NaN fails, and so does one wrong length."""
+    example = decode(1.2)
+    bundle = write_bundle(tmp_path / "bundle", [example], tolerance=TOLD | EXACT)
+    assert main(["verify", str(bundle), "--with", "jax", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["programs"]["decode-b2-s8"]["jax"]
+    rows = {row["name"]: row for row in report["results"]}
+    assert report["state"] == "told" and rows["logits"]["within_bound"] is None
+    assert rows["logits"]["median_row"] == pytest.approx(1 / 6, rel=1e-4)
+    assert rows["length"]["within_bound"] and rows["length"]["within_strict"]
+    assert main(["verify", str(bundle), "--with", "jax"]) == 0
+    shown = capsys.readouterr().out
+    assert "logits: told, not judged: error 0.17, median of rows 0.17" in shown and " told " in shown
+    for name, change in (("kv", np.nan), ("length", 9)):
+        wrong = decode()
+        item = next(r for r in wrong.results if r.name == name)
+        item.array = item.array.copy()
+        item.array.flat[0] = change
+        found = _run(write_bundle(tmp_path / name, [wrong], tolerance=TOLD | EXACT))
+        assert not found["passed"] and found["programs"]["decode-b2-s8"]["jax"]["state"] == "departed"
+
+
+def test_a_golden_has_the_results_that_modules_give(tmp_path: Path, plain: Path) -> None:
+    bundle = _copy(plain, tmp_path)
+    path = bundle / "golden" / "decode-b2-s8" / "outputs.safetensors"
+    arrays = _arrays(path)
+    for names in ((), ("top", "kv")):
+        save_tensors(path, {name: arrays[name] for name in names})
+        found = _run(rehash(bundle), modules="decode-*")
+        assert not found["passed"]
+        problems = found["programs"]["decode-b2-s8"]["jax"]["problems"]
+        assert "logits: modules give this result, the golden has none" in problems
+        assert len(problems) == 5 - len(names)
+    save_tensors(path, arrays | {"more": arrays["logits"]})
+    problems = _run(rehash(bundle), modules="decode-*")["programs"]["decode-b2-s8"]["jax"]["problems"]
+    assert problems == ["more: the golden has this result, modules give none"]
+
+
+def test_a_damaged_artifact_ends_its_own_reading(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that jaxlib 0.10.2 crashes on, one whose function calls itself; the third is read all the same."""
+    crashing, endless = decode(), typed()
+    crashing.name, endless.name = "decode-b1-s8", "block-endless-0"
+    data = bytearray(crashing.modules[0])
+    data[1606] ^= 82
+    crashing.modules = [bytes(data)]
+    endless.modules = [recursive()]
+    bundle = write_bundle(tmp_path / "bundle", [crashing, endless, decode()])
+    found = _run(bundle, "jax,interpreter")
+    states = {name: {r["state"] for r in by.values()} for name, by in found["programs"].items()}
+    assert states == {"decode-b1-s8": {"refused"}, "block-endless-0": {"refused"}, "decode-b2-s8": {"agreed"}}
+    assert found["programs"]["block-endless-0"]["jax"]["why"] == "the function again calls itself"
+    assert any(p.startswith("decode-b1-s8: ") for p in found["problems"])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda e: e.update(bytes=-5), "sources: expected file, offset, bytes"),
+        (lambda e: e.update(bytes=2**70), "sources: expected file, offset, bytes"),
+        (lambda e: e.update(offset=2**70), "sources: expected file, offset, bytes"),
+        (lambda e: e.update(bytes=2**40), r"sources: expected \d+ bytes, found"),
+        (lambda e: e.update(file="../model.safetensors"), "expected the path of a file inside"),
+        (lambda e: e.update(file=3), "expected the path of a file inside"),
+    ],
+)
+def test_sources_that_are_none(tmp_path: Path, change: Any, expected: str) -> None:
+    bundle = write_bundle(tmp_path / "bundle", [decode()], checkpoint=tmp_path / "model")
+    params = json.loads((bundle / "params.json").read_text())
+    change(params["arguments"][0]["sources"][0])
+    (bundle / "params.json").write_text(json.dumps(params))
+    with pytest.raises(InputError, match=expected):
+        _run(rehash(bundle), checkpoint=tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -281,12 +384,21 @@ def test_the_documented_exception_of_the_interpreter(tmp_path: Path) -> None:
         (lambda m: m["modules"][0]["arguments"][1].update(name="embed"), "arguments: expected each name once"),
         (lambda m: m.update(mesh={"ranks": "x"}), "expected a number of ranks"),
         (lambda m: m["modules"][0].update(rank=0), "expected ranks 0 to"),
+        (lambda m: m["modules"][0].update(name="..-rank0", rank=0), "expected a name of letters"),
+        (lambda m: m["modules"][0].update(golden="golden/.."), "golden: expected golden/NAME"),
+        (lambda m: m["modules"][0].update(golden="golden/other"), "files: expected golden/other/outputs.safetensors"),
+        (lambda m: m["files"].pop("golden/decode-b2-s8/tolerance.json"), "files: expected golden/decode-b2-s8/tol"),
+        (lambda m: m["modules"][0]["arguments"][0].update(dtype="(3,f4"), "dtype: expected a type"),
+        (lambda m: (m["modules"][0].update(rank=0), m.update(mesh={"ranks": 10**15})), "expected ranks 0 to"),
     ],
 )
 def test_a_manifest_that_is_not_as_the_schema_says(plain: Path, tmp_path: Path, change: Any, expected: str) -> None:
     bundle = rehash(_copy(plain, tmp_path), lambda m: m.update(mesh={"ranks": 2}))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=expected):
-        _run(rehash(bundle, change))
+        _run(bundle)
 
 
 def test_files_stay_inside(plain: Path, tmp_path: Path) -> None:
@@ -320,6 +432,7 @@ def test_command(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--with", "tvm"], "--with tvm: expected a list of interpreter, iree"),
         (["--with", "pjrt:/no/such.so"], "--with pjrt:/no/such.so: expected a plugin's shared library"),
+        (["--with", ","], "--with : expected a list of interpreter, iree"),
         (["--modules", "x*"], "--modules x*: 'x*': expected a pattern for some of decode-b2-s8"),
     ],
 )

@@ -31,6 +31,9 @@ from dsjax.files import check_new_folder, new_folder
 NEGATIVE = ("departed", "refused", "too slow")
 """States of a program that make the whole verdict negative."""
 
+LEAST = 60.0
+"""Seconds that reading modules may take in any case: --time-limit is for running them."""
+
 
 def verify(
     folder: Path,
@@ -80,7 +83,8 @@ def verify(
     bundle = open_bundle(folder)
     programs = bundle.select(modules)
     codes = [[bundle.module_bytes(m) for m in program.modules] for program in programs]
-    facts = facts_of(codes, estimate=any(one.name == "interpreter" for one in chosen), time_limit=time_limit)
+    asked = any(one.name == "interpreter" for one in chosen)
+    facts = facts_of(codes, estimate=asked, time_limit=max(time_limit, LEAST))
     read = {p.name: found for p, found in zip(programs, facts, strict=True)}
     problems = [
         q for p in programs for m, f in zip(p.modules, read[p.name], strict=True) for q in module_problems(m, f)
