@@ -269,6 +269,7 @@ HOSTILE = {
     "array": safetensors_bytes([]),
     "a key twice": safetensors_bytes(b'{"a": {}, "a": {}}'),
     "no object": safetensors_bytes({"a": 3}),
+    "half a character": safetensors_bytes({"a\ud800": entry()}, bytes(8)),
     "unknown dtype": safetensors_bytes({"a": entry("F7")}, bytes(8)),
     "dtype of no text": safetensors_bytes({"a": entry(["F32"])}, bytes(8)),
     "negative shape": safetensors_bytes({"a": entry(shape=[-2])}, bytes(8)),

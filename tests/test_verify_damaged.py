@@ -1,4 +1,4 @@
-"""Bundles that are damaged or not as the schema says, for `dsjax verify`: each gets one line that says what is wrong."""
+"""Bundles that are damaged or not as the schema says, for `dsjax verify`: one line says what is wrong."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.consumers.base import functions, main_function, new_context, parse
+from dsjax.export.consumers.base import callee, functions, main_function, new_context, parse
 from dsjax.export.loops import Known, Loops, Scope
 
 SECONDS = 1.2e-6
@@ -72,9 +72,9 @@ class _Walk:
         name = op.name
         if name == "stablehlo.while":
             return self._loop(op, scope)
-        if name in ("func.call", "stablehlo.composite"):
-            attribute = op.attributes["callee" if name == "func.call" else "decomposition"]
-            return self._call(str(attribute.value), op, scope)
+        called = callee(op)
+        if called is not None:
+            return self._call(called, op, scope)
         if name in ("stablehlo.case", "stablehlo.if"):
             return max((self.block(r.blocks[0], scope) for r in op.regions), default=0.0)
         out = float(sum(_size(v) for v in op.results))

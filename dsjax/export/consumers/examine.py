@@ -10,7 +10,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from dsjax.export.artifact import walk
-from dsjax.export.consumers.base import Arrays, Refused, functions, main_function, new_context, parse
+from dsjax.export.consumers.base import Arrays, Refused, callee, functions, main_function, new_context, parse
 from dsjax.export.consumers.estimate import Estimate, estimate_module
 from dsjax.export.consumers.worker import isolated
 from dsjax.export.operations import numpy_dtype
@@ -94,17 +94,11 @@ def _type(kind: Any) -> str:
 
 def _refuse_recursion(module: ir.Module) -> None:
     """A function that calls itself: StableHLO has none, and those who follow calls would not end."""
-    calls = {name: list(map(_callee, walk(f.operation))) for name, f in functions(module).items()}
+    calls = {name: list(map(callee, walk(f.operation))) for name, f in functions(module).items()}
     try:
         graphlib.TopologicalSorter({name: [c for c in found if c] for name, found in calls.items()}).prepare()
     except graphlib.CycleError as e:
         raise Refused(f"the function {e.args[1][0]} calls itself") from None
-
-
-def _callee(operation: Any) -> str:
-    """The function that an instruction calls, or nothing."""
-    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(operation.name)
-    return "" if key is None else str(operation.attributes[key].value)
 
 
 def _aliases(main: Any, inputs: Sequence[str], outputs: Sequence[str]) -> dict[int, int]:

@@ -16,6 +16,7 @@ from jaxlib.mlir.dialects import func, stablehlo
 from dsjax.export.consumers.base import (
     Arrays,
     Refused,
+    callee,
     copy_functions,
     main_function,
     new_context,
@@ -133,7 +134,7 @@ class _Calls:
 
     def _op_meets(self, op: Any) -> bool:
         inner = (o for region in op.regions for block in region.blocks for o in block.operations)
-        name = _callee(op)
+        name = callee(op)
         return is_collective(op) or any(map(self._op_meets, inner)) or (name is not None and self.meets(name))
 
     def inline(self, block: Any) -> None:
@@ -142,7 +143,7 @@ class _Calls:
             for region in op.regions:
                 for inner in region.blocks:
                     self.inline(inner)
-            name = _callee(op)
+            name = callee(op)
             if name is not None and self.meets(name):
                 self._replace(op.operation, name)
 
@@ -160,12 +161,6 @@ class _Calls:
             old.replace_all_uses_with(new)
         call.erase()
         copy.operation.erase()
-
-
-def _callee(op: Any) -> str | None:
-    """The function that an instruction calls."""
-    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(op.operation.name)
-    return None if key is None else str(op.operation.attributes[key].value)
 
 
 def _number(block: Any, rank: int) -> None:

@@ -125,6 +125,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
         code: Any = fields.get("dtype")
         shape: Any = fields.get("shape")
         offsets: Any = fields.get("data_offsets")
+        if not name.isprintable():
+            raise BadInput(f"{path}: expected names that can be printed, found {name[:80]!r}")
         if not isinstance(code, str) or code not in DTYPES:
             raise BadInput(f"{path}: {name[:80]!r}: expected a dtype of {', '.join(DTYPES)}, found {str(code)[:40]!r}")
         if not _sizes(shape) or len(shape) > 32 or math.prod(max(n, 1) for n in shape) >= 1 << 59:

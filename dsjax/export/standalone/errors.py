@@ -55,10 +55,12 @@ def float_errors(golden: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
 
 def row_errors(golden: np.ndarray, candidate: np.ndarray) -> list[float]:
     """||a - b|| / ||a|| of each row of the last axis, of those that are finite in both."""
-    size = golden.shape[-1]
-    pairs = zip(golden.reshape(-1, size).astype(np.float64), candidate.reshape(-1, size).astype(np.float64))
-    finite = [(x, y) for x, y in pairs if np.isfinite(x).all() and np.isfinite(y).all()]
-    return [_ratio(float(np.linalg.norm(x - y)), float(np.linalg.norm(x))) for x, y in finite]
+    size, found = golden.shape[-1], []
+    for a, b in zip(golden.reshape(-1, size), candidate.reshape(-1, size)):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        if np.isfinite(x).all() and np.isfinite(y).all():
+            found.append(_ratio(float(np.linalg.norm(x - y)), float(np.linalg.norm(x))))
+    return found
 
 
 def _top(x: np.ndarray, k: int) -> np.ndarray:
