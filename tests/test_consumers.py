@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from dsjax.export.consumers.interpreter import Interpreter, evaluate
 from dsjax.export.consumers.lockstep import merge
 from dsjax.export.consumers.tpu_aot import TpuAot
 from dsjax.export.consumers.worker import isolated
+from dsjax.export.consumers.xla import lay_out_rows
 from dsjax.export.verify import verify
 
 
@@ -158,6 +160,57 @@ def test_ranks_that_meet_in_different_collectives_are_refused() -> None:
         merge([one, none])
 
 
+SUM = """
+func.func public @main(%x: tensor<2xf32>) -> tensor<2xf32> {
+  %0 = "stablehlo.all_reduce"(%x) <{replica_groups = dense<GROUPS> : tensor<SHAPExi64>,
+      channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>, use_global_device_ids}> ({
+  ^bb0(%a: tensor<f32>, %b: tensor<f32>):
+    %1 = stablehlo.ADD LEFT, RIGHT : tensor<f32>
+    stablehlo.return %1 : tensor<f32>
+  }) : (tensor<2xf32>) -> tensor<2xf32>
+  return %0 : tensor<2xf32>
+}"""
+
+
+def _sum(groups: str, shape: str = "2x2", add: str = "add", left: str = "%a", right: str = "%b") -> bytes:
+    """A sum over groups of four ranks, or what looks like one."""
+    text = SUM.replace("GROUPS", groups).replace("SHAPE", shape).replace("ADD", add)
+    return serialise(ir.Module.parse(text.replace("LEFT", left).replace("RIGHT", right), new_context()), "1.1.0")
+
+
+def test_collectives_that_differ_between_ranks_are_refused() -> None:
+    one, other = _sum("[[0, 1], [2, 3]]"), _sum("[[0, 2], [1, 3]]")
+    x = np.ones(2, np.float32)
+    np.testing.assert_array_equal(evaluate([one] * 4, [[x]] * 4, {})[0], np.full((4, 1, 2), 2))
+    for others, what in ((other, "attributes"), (_sum("[[0, 1], [2, 3]]", add="maximum"), "reductions")):
+        with pytest.raises(Refused, match=f"stablehlo.all_reduce: expected the same {what} of all ranks"):
+            merge([one, others, others, others])
+    with pytest.raises(Refused, match=r"expected the same types of all ranks, found \(tensor<2xf32>"):
+        merge([one, *[_wide(one)] * 3])
+
+
+def _wide(code: bytes) -> bytes:
+    """The same of four numbers."""
+    text = str(parse(code, new_context())).replace("tensor<2xf32>", "tensor<4xf32>")
+    return serialise(ir.Module.parse(text, new_context()), "1.1.0")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (
+            _sum("[[0, 1], [2, 3], [4, 5]]", "3x2"),
+            r"replica_groups: expected ranks 0 to 3, found \[\[0, 1\], ",
+        ),
+        (_sum("[[0, 1]]", "1x2"), "expected every rank in one group"),
+        (_sum("[[0, 1], [2, 3]]", right="%a"), "stablehlo.all_reduce by .* cannot be written out"),
+    ],
+)
+def test_collectives_that_make_no_sense_are_refused(code: bytes, expected: str) -> None:
+    with pytest.raises(Refused, match=expected):
+        merge([code] * 4)
+
+
 def test_groups_of_ranks_are_kept_apart() -> None:
     """Two groups on a mesh of two axes: each is summed by itself."""
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
@@ -182,6 +235,42 @@ def test_a_process_that_takes_too_long_is_ended() -> None:
     with pytest.raises(Refused, match=r"not done within --time-limit 0\.01 s") as e:
         isolated("dsjax.export.consumers.interpreter:evaluate", [], time_limit=0.01)
     assert e.value.state == "too slow"
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path: Path) -> None:
+    """As compilers do that run another program: it is not left behind when the time is over."""
+    text = """
+        import pathlib, subprocess
+        def start(modules, arguments, options):
+            child = subprocess.Popen(["sleep", "120"])
+            pathlib.Path(options["file"]).write_text(str(child.pid))
+            child.wait()
+        """
+    (tmp_path / "task.py").write_text(textwrap.dedent(text))
+    options, path = {"file": str(tmp_path / "pid")}, os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+    with pytest.raises(Refused, match="not done within"):
+        isolated("task:start", [], options=options, environment={"PYTHONPATH": path}, time_limit=8)
+    child = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    for _ in range(50):  # whoever takes in orphans may take a moment
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the program that the task has started still runs")
+
+
+def test_rows_are_laid_out_beside_what_is_there() -> None:
+    """A program whose arguments and results have no attributes; one whose results have a sharding."""
+    text = """func.func public @main(%x: tensor<4x4096xbf16> ARG) -> (tensor<4x4096xbf16> RESULT) {
+        return %x : tensor<4x4096xbf16>
+    }"""
+    for argument, result in (("", ""), ("{tf.aliasing_output = 0 : i32}", '{mhlo.sharding = "{replicated}"}')):
+        module = ir.Module.parse(text.replace("ARG", argument).replace("RESULT", result), new_context())
+        lay_out_rows(module)
+        main = main_function(module)
+        assert 'mhlo.layout_mode = "{1,0}"' in str(main.attributes["arg_attrs"])
+        found = str(main.attributes["res_attrs"])
+        assert ("mhlo.sharding" in found, "mhlo.layout_mode" in found) == (bool(result), bool(argument))
+        assert module.operation.verify()
 
 
 @pytest.mark.parametrize("data", [b"", b"ML\xefR", b"ML\xefR\rStableHLO_v1.8.0\x00", b"module {}"])

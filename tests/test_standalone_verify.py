@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,8 @@ from bundles import (
 )
 
 from dsjax.export.standalone import source
-from dsjax.export.standalone.verify import main, verify
+from dsjax.export.standalone.arrays import BadInput, read_arrays
+from dsjax.export.standalone.verify import main, read_golden, verify
 
 
 @pytest.fixture
@@ -203,7 +205,7 @@ def test_tampered_file(bundle: Path, tmp_path: Path, path: str, how: str, capsys
         (bundle / path).write_bytes(data if how == "bit" else data[:-1])
     assert main([str(chip), "--bundle", str(bundle)]) == 1
     out = capsys.readouterr().out
-    expected = {"bit": "SHA-256", "cut": "bytes, found", "gone": "cannot be read"}[how]
+    expected = {"bit": "SHA-256", "cut": "bytes, found", "gone": "expected a file, found none"}[how]
     assert any(line.startswith(f"{path}: ") and expected in line for line in out.splitlines()), out
 
 
@@ -215,18 +217,29 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None
 
 
 BAD_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer schema": (lambda m: m.update(schema=2), "expected a bundle of schema 1, found 2"),
-    "no schema": (lambda m: m.pop("schema"), "expected an integer schema"),
-    "bool schema": (lambda m: m.update(schema=True), "expected an integer schema"),
-    "no files": (lambda m: m.pop("files"), "expected files and modules"),
-    "file outside": (lambda m: m["files"].update({"../x": {}}), "expected a file in the bundle"),
-    "absolute file": (lambda m: m["files"].update({"/etc/passwd": {}}), "expected a file in the bundle"),
+    "newer schema": (lambda m: m.update(schema=2), "schema: expected at most 1, found 2"),
+    "no schema": (lambda m: m.pop("schema"), "schema: expected an integer"),
+    "bool schema": (lambda m: m.update(schema=True), "schema: expected an integer"),
+    "no files": (lambda m: m.pop("files"), "expected files and a list of modules"),
+    "file outside": (lambda m: m["files"].update({"../x": {}}), "expected the path of a file inside"),
+    "absolute file": (lambda m: m["files"].update({"/etc/passwd": {}}), "expected the path of a file inside"),
     "golden outside": (lambda m: m["modules"][0].update(golden="golden/../.."), "expected golden/NAME"),
     "golden up": (lambda m: m["modules"][0].update(golden="golden/.."), "expected golden/NAME"),
+    "NUL in a file": (lambda m: m["files"].update({"a\0b": {}}), "expected the path of a file inside"),
+    "half a character": (lambda m: m["files"].update({"a\ud800": {}}), "expected the path of a file inside"),
+    "infinite rank": (lambda m: m["modules"][0].update(rank=math.inf), "Infinity"),
+    "rank of floats": (lambda m: m["modules"][0].update(rank=1.5), "rank: expected a number"),
+    "slice of floats": (
+        lambda m: m["modules"][0].update(rank=0, results=[{"name": "hidden", "slice": [[0, 2.0], [0, 3], [0, 16]]}]),
+        "hidden: slice: expected [start, stop]",
+    ),
+    "no results": (lambda m: m["modules"][0].pop("results"), "results: expected objects with names"),
+    "golden not listed": (lambda m: m["files"].pop("golden/decode-b1-s64/outputs.safetensors"), "found no entry"),
+    "tolerance not listed": (lambda m: m["files"].pop("golden/decode-b1-s64/tolerance.json"), "found no entry"),
     "no golden": (lambda m: m["modules"][0].update(golden=None), "expected golden results"),
     "slice too large": (
         lambda m: m["modules"][0].update(rank=0, results=[{"name": "logits", "slice": [[0, 2], [0, 3], [0, 51]]}]),
-        "slices",
+        "logits: slice: expected [start, stop] by axis of [2, 3, 50]",
     ),
 }
 
@@ -256,6 +269,7 @@ HOSTILE = {
     "array": safetensors_bytes([]),
     "a key twice": safetensors_bytes(b'{"a": {}, "a": {}}'),
     "no object": safetensors_bytes({"a": 3}),
+    "half a character": safetensors_bytes({"a\ud800": entry()}, bytes(8)),
     "unknown dtype": safetensors_bytes({"a": entry("F7")}, bytes(8)),
     "dtype of no text": safetensors_bytes({"a": entry(["F32"])}, bytes(8)),
     "negative shape": safetensors_bytes({"a": entry(shape=[-2])}, bytes(8)),
@@ -304,6 +318,64 @@ def test_hostile_npz(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "found both" in capsys.readouterr().err
 
 
+def test_damaged_npz(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every byte of a packed file turned, and of an .npy's header: whatever NumPy makes of it, there is one line."""
+    folder = tmp_path / "chip" / GOLDEN
+    folder.mkdir(parents=True)
+    path = folder / "outputs.npz"
+    np.savez_compressed(path, logits=np.zeros(3, np.float32))
+    good = path.read_bytes()
+    for i in range(len(good)):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 0xFF]) + good[i + 1 :])
+        assert main([str(tmp_path / "chip"), "--bundle", str(bundle)]) in (1, 2)
+        assert len(capsys.readouterr().err.splitlines()) <= 1
+    for descr in ("'(3,f4'", "(3,", "'O'", "[('a', ("):
+        header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': (3,), }}\n".encode()
+        (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(12))
+        with pytest.raises(BadInput, match=r"x\.npy: expected"):
+            read_arrays(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("bound", ["strict", "bound"])
+@pytest.mark.parametrize("value", ["9" * 400, "-1", "NaN", "true", '"1"', "[]"])
+def test_bounds_that_are_none(tmp_path: Path, bound: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "bundle", {GOLDEN: outputs()}, tolerance={"logits": {bound: "VALUE"}})
+    path = bundle / "golden" / GOLDEN / "tolerance.json"
+    path.write_text(path.read_text().replace('"VALUE"', value))
+    with pytest.raises(BadInput, match=r"tolerance\.json: expected"):
+        read_golden(bundle, f"golden/{GOLDEN}", json.loads((bundle / "manifest.json").read_text())["modules"], 0.05)
+
+
+def test_told_and_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a bound errors are told, but a NaN or a shape fails; with bounds of 0 one wrong element of many fails."""
+    golden = {"logits": outputs()["logits"], "ids": np.zeros(1000, np.int32)}
+    told, exact = {"bound": None}, {"bound": 0, "strict": 0}
+    bundle = write_bundle(tmp_path / "bundle", {GOLDEN: golden}, tolerance={"logits": told, "ids": exact})
+    twice = golden | {"logits": golden["logits"] * 2}
+    chip = candidate_of(tmp_path, twice)
+    assert main([str(chip), "--bundle", str(bundle), "--gate", "strict"]) == 0
+    shown = capsys.readouterr().out
+    assert "median of rows 1\n" in shown and shown.endswith("5%: pass; strict: pass; told, not judged: 1 results\n")
+    row = row_of(verify(bundle, chip), "logits")
+    assert (row["within_bound"], row["within_strict"], row["median_row"]) == (None, None, pytest.approx(1))
+    ids, logits = golden["ids"].copy(), twice["logits"].copy()
+    ids[7], logits[0, 0, 0] = 1, np.nan
+    for wrong in ({"ids": ids}, {"logits": logits}, {"logits": logits[:1]}):
+        report = verify(bundle, candidate_of(tmp_path, twice | wrong))
+        assert not report["within_bound"] and not report["within_strict"]
+        assert row_of(report, next(iter(wrong)))["within_bound"] is False
+
+
+def test_a_golden_has_the_results_that_modules_give(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", {GOLDEN: outputs()})
+    edit_manifest(bundle, lambda m: m["modules"][0]["results"].append({"name": "more", "slice": None}))
+    report = verify(bundle, candidate_of(tmp_path, outputs()))
+    assert report["goldens"][0]["problems"] == ["more: modules give this result, the golden has none"]
+    assert not report["within_bound"]
+    bundle = write_bundle(tmp_path / "empty", {GOLDEN: {}})
+    assert not verify(bundle, candidate_of(tmp_path, {"x": np.zeros(1, np.float32)}))["within_bound"]
+
+
 def test_some_goldens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A chip that runs a part: what is missing is a negative verdict, unless only that part is asked for."""
     bundle = write_bundle(tmp_path / "bundle", {GOLDEN: outputs(), "block-rms_norm-0": {"y": outputs()["logits"]}})
@@ -313,3 +385,4 @@ def test_some_goldens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(chip), "--bundle", str(bundle), "--only", "block-*"]) == 0
     assert "block-rms_norm-0: more: the golden has no such result" in capsys.readouterr().out
     assert main([str(chip), "--bundle", str(bundle), "--only", "mtp*"]) == 2
+    assert main([str(chip), "--bundle", str(bundle), "--only", "block-*,mtp*"]) == 2

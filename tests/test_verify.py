@@ -15,6 +15,7 @@ from verify_bundles import RANKS, decode, ranked, rehash, typed, write_bundle
 from dsjax.checkpoint.safetensors import Files, read_tensors
 from dsjax.cli.main import main
 from dsjax.errors import InputError
+from dsjax.export.consumers.jax import Jax
 from dsjax.export.standalone.verify import verify as standalone_verify
 from dsjax.export.verify import verify
 
@@ -107,7 +108,9 @@ def test_weights_of_another_type_are_cast(tmp_path: Path) -> None:
 
 
 def test_modules_are_chosen_by_patterns(plain: Path) -> None:
-    assert _run(plain, modules="nothing-*,block-*")["programs"].keys() == {"block-decode-0"}
+    assert _run(plain, modules="block-*")["programs"].keys() == {"block-decode-0"}
+    with pytest.raises(InputError, match=r"'nothing-\*': expected a pattern for some of decode-b2-s8, block-decode-0"):
+        _run(plain, modules="nothing-*,block-*")
     assert len(_run(plain, modules="decode-*,block-*")["programs"]) == 2
 
 
@@ -115,6 +118,7 @@ def test_what_it_keeps_passes_the_bundles_own_check(sharded: Path, tmp_path: Pat
     _run(sharded, out=tmp_path / "one")
     assert standalone_verify(sharded, tmp_path / "one")["within_strict"]
     assert (tmp_path / "one" / "decode-b2-s4" / f"rank{RANKS - 1}" / "outputs.safetensors").is_file()
+    assert main(["align", str(sharded), str(tmp_path / "one"), "--gate", "strict"]) == 0
     _run(sharded, "jax,interpreter", out=tmp_path / "two")
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"jax", "interpreter"}
     with pytest.raises(InputError, match="found something there"):
@@ -127,38 +131,6 @@ def test_without_goldens_it_still_compiles(tmp_path: Path) -> None:
     for by_consumer in report["programs"].values():
         assert {r["state"] for r in by_consumer.values()} == {"accepted"}
     assert report["programs"]["decode-b2-s8"]["jax"]["memory"]["alias_bytes"] > 0
-
-
-@pytest.mark.parametrize("name", ["params/params.safetensors", "modules/decode-b2-s8.vhlo.bc"])
-def test_a_tampered_file_is_named(plain: Path, tmp_path: Path, name: str) -> None:
-    path = _copy(plain, tmp_path) / name
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=f"{name}: expected sha256 .*the file was changed"):
-        _run(tmp_path / "copy")
-
-
-def test_a_tampered_weight_with_a_new_manifest_is_named(plain: Path, tmp_path: Path) -> None:
-    """The hash of each array in params.json tells, where somebody has hashed the files anew."""
-    bundle = _copy(plain, tmp_path)
-    arrays = _arrays(bundle / "params" / "params.safetensors")
-    arrays["layers.codes"][0, 0, 0] ^= 1
-    save_tensors(bundle / "params" / "params.safetensors", arrays)
-    with pytest.raises(InputError, match=r"layers\.codes: expected sha256"):
-        _run(rehash(bundle))
-
-
-def test_a_missing_file_is_named(plain: Path, tmp_path: Path) -> None:
-    (_copy(plain, tmp_path) / "golden" / "block-decode-0" / "inputs.safetensors").unlink()
-    with pytest.raises(InputError, match=r"block-decode-0/inputs\.safetensors: expected a file"):
-        _run(tmp_path / "copy")
-
-
-def test_a_newer_schema_is_refused(plain: Path, tmp_path: Path) -> None:
-    bundle = rehash(_copy(plain, tmp_path), lambda m: m.update(schema=2))
-    with pytest.raises(InputError, match="schema: expected at most 1, found 2"):
-        _run(bundle)
 
 
 def _swap(bundle: Path, a: int, b: int) -> Path:
@@ -209,7 +181,7 @@ def test_types_that_differ_from_the_programs_are_named(plain: Path, tmp_path: Pa
         manifest["modules"][0]["results"][0]["dtype"] = "bfloat16"
 
     report = _run(rehash(_copy(plain, tmp_path), change))
-    assert report["problems"] == ["decode-b2-s8: logits: expected tensor<2x16xbf16>, found tensor<2x16xf32>"]
+    assert report["problems"] == ["decode-b2-s8: logits: expected bfloat16 [2, 16], found float32 [2, 16]"]
 
 
 @pytest.mark.parametrize("key", ["arguments", "results"])
@@ -263,38 +235,54 @@ def test_the_documented_exception_of_the_interpreter(tmp_path: Path) -> None:
     report = _run(bundle, "interpreter,jax")
     found = report["programs"]["block-decode-0"]
     assert found["jax"]["state"] == "agreed"
-    assert found["interpreter"]["state"] == "excepted" and "0xFF" in found["interpreter"]["note"]
+    assert found["interpreter"]["state"] == "excepted" and "0xff" in found["interpreter"]["note"]
     assert report["passed"]
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda m: m.update(modules=3), "modules: expected a list of objects"),
-        (lambda m: m["modules"][0].update(name="../x"), "expected a name of letters"),
-        (lambda m: m["modules"][0].update(golden="/etc"), "golden: expected golden/<name>"),
-        (lambda m: m["modules"][0]["arguments"][0].update(dtype="float99"), "dtype: expected a type"),
-        (lambda m: m["modules"][0]["arguments"][0].update(shape=[-1]), "expected a shape"),
-        (lambda m: m["modules"][0]["arguments"][0].update(slice=[[0, 99], [0, 1]]), r"slice: expected \[start"),
-        (lambda m: m["modules"][0]["arguments"][1].update(name="embed"), "arguments: expected each name once"),
-        (lambda m: m.update(mesh={"ranks": "x"}), "expected a number of ranks"),
-        (lambda m: m["modules"][0].update(rank=0), "expected ranks 0 to"),
-    ],
-)
-def test_a_manifest_that_is_not_as_the_schema_says(plain: Path, tmp_path: Path, change: Any, expected: str) -> None:
-    bundle = rehash(_copy(plain, tmp_path), lambda m: m.update(mesh={"ranks": 2}))
-    with pytest.raises(InputError, match=expected):
-        _run(rehash(bundle, change))
+def test_an_exception_excuses_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A golden that is wrong besides, which XLA tells, and a consumer that is wrong besides."""
+    example = typed(scales=[127, 127, 127, 255])
+    bundle = write_bundle(tmp_path / "right", [example])
+    example.results[1].array = np.array([1000, -7, 3, np.nan], np.float32)
+    found = _run(write_bundle(tmp_path / "wrong", [example]), "interpreter")
+    assert not found["passed"] and found["programs"]["block-decode-0"]["interpreter"]["state"] == "departed"
+    why = found["programs"]["block-decode-0"]["interpreter"]["why"]
+    assert why == "not by that alone: XLA departs from the golden, too"
+
+    def run(self: Any, module: bytes, arguments: list[np.ndarray]) -> list[np.ndarray]:
+        results = Jax().run(module, arguments)
+        return [results[0] * 2, *results[1:]]
+
+    monkeypatch.setattr("dsjax.export.consumers.interpreter.Interpreter.run", run)
+    report = _run(bundle, "interpreter")["programs"]["block-decode-0"]["interpreter"]
+    assert report["state"] == "departed"
+    assert report["why"] == "not by that alone: without such codes it departs from XLA, too"
 
 
-def test_files_stay_inside(plain: Path, tmp_path: Path) -> None:
-    bundle = _copy(plain, tmp_path)
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../secret"] = {"bytes": 1, "sha256": "0"}
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="expected the path of a file inside"):
-        _run(bundle)
+TOLD = {name: {"strict": None, "bound": None} for name in ("logits", "hidden", "kv")}
+EXACT = {name: {"strict": 0, "bound": 0} for name in ("length", "top")}
+
+
+def test_what_has_no_bound_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong golden of logits does not fail, and is shown; a NaN fails, and so does one wrong length."""
+    example = decode(1.2)
+    bundle = write_bundle(tmp_path / "bundle", [example], tolerance=TOLD | EXACT)
+    assert main(["verify", str(bundle), "--with", "jax", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["programs"]["decode-b2-s8"]["jax"]
+    rows = {row["name"]: row for row in report["results"]}
+    assert report["state"] == "told" and rows["logits"]["within_bound"] is None
+    assert rows["logits"]["median_row"] == pytest.approx(1 / 6, rel=1e-4)
+    assert rows["length"]["within_bound"] and rows["length"]["within_strict"]
+    assert main(["verify", str(bundle), "--with", "jax"]) == 0
+    shown = capsys.readouterr().out
+    assert "logits: told, not judged: error 0.17, median of rows 0.17" in shown and " told " in shown
+    for name, change in (("kv", np.nan), ("length", 9)):
+        wrong = decode()
+        item = next(r for r in wrong.results if r.name == name)
+        item.array = item.array.copy()
+        item.array.flat[0] = change
+        found = _run(write_bundle(tmp_path / name, [wrong], tolerance=TOLD | EXACT))
+        assert not found["passed"] and found["programs"]["decode-b2-s8"]["jax"]["state"] == "departed"
 
 
 def test_command(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +306,8 @@ def test_command(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--with", "tvm"], "--with tvm: expected a list of interpreter, iree"),
         (["--with", "pjrt:/no/such.so"], "--with pjrt:/no/such.so: expected a plugin's shared library"),
-        (["--modules", "x*"], "--modules x*: expected patterns for some of decode-b2-s8"),
+        (["--with", ","], "--with : expected a list of interpreter, iree"),
+        (["--modules", "x*"], "--modules x*: 'x*': expected a pattern for some of decode-b2-s8"),
     ],
 )
 def test_wrong_flags_get_one_line(

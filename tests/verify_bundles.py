@@ -21,6 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
 from dsjax.export.artifact import serialise
+from dsjax.export.consumers.base import new_context
 from dsjax.export.standalone import source
 
 RANKS = 4
@@ -86,7 +87,7 @@ def write_bundle(
     *,
     golden: bool = True,
     checkpoint: Path | None = None,
-    tolerance: Mapping[str, float] | None = None,
+    tolerance: Mapping[str, Any] | None = None,
 ) -> Path:
     """A bundle of these programs; parameters lie in it, or in a checkpoint's file, whose layers lie apart."""
     modules, params = [], {i.name: i.array for e in examples for i in e.arguments if i.kind == "param"}
@@ -118,7 +119,8 @@ def write_bundle(
                 place / "inputs.safetensors", {a.name: a.array for a in example.arguments if a.kind != "param"}
             )
             save_tensors(place / "outputs.safetensors", {r.name: r.array for r in example.results})
-            bounds = {n: {"strict": bound, "reason": "made up"} for n, bound in (tolerance or {}).items()}
+            given = {n: b if isinstance(b, dict) else {"strict": b} for n, b in (tolerance or {}).items()}
+            bounds = {n: {**b, "reason": "made up"} for n, b in given.items()}
             (place / "tolerance.json").write_text(json.dumps(bounds))
     if checkpoint is None:
         save_tensors(folder / "params" / "params.safetensors", params)
@@ -237,6 +239,20 @@ def typed(codes: Sequence[int] = range(16, 127), scales: Sequence[int] = range(1
     return Example(
         "block-decode-0", [code], arguments, [Item("output", *nr) for nr in zip(names, results, strict=True)]
     )
+
+
+def recursive() -> bytes:
+    """The artifact of a program whose function calls itself."""
+    text = """
+    func.func public @main(%x: tensor<2xf32>) -> tensor<2xf32> {
+      %0 = call @again(%x) : (tensor<2xf32>) -> tensor<2xf32>
+      return %0 : tensor<2xf32>
+    }
+    func.func private @again(%x: tensor<2xf32>) -> tensor<2xf32> {
+      %0 = call @again(%x) : (tensor<2xf32>) -> tensor<2xf32>
+      return %0 : tensor<2xf32>
+    }"""
+    return serialise(ir.Module.parse(text, new_context()), "1.1.0")
 
 
 def lift(lowered: Any, aliases: Mapping[int, int]) -> ir.Module:

@@ -35,7 +35,7 @@ def verify(options: argparse.Namespace) -> int:
     """`dsjax verify`. Status 1 if anything departed, was refused, or was too slow."""
     report = run_verify(
         options.bundle,
-        [name for name in options.consumers.split(",") if name],
+        options.consumers.split(","),
         checkpoint=options.checkpoint,
         modules=options.modules,
         bound=options.bound,
@@ -75,9 +75,12 @@ def _largest(results: list[dict[str, Any]], key: str) -> float | None:
 
 def _remarks(r: Mapping[str, Any]) -> list[str]:
     """What a line of the table has no place for."""
-    found = [r[key] for key in ("why", "note") if key in r] + list(r.get("problems", []))
+    found = [r[key] for key in ("note", "why") if key in r] + r.get("problems", []) + r.get("notes", [])
     for row in r.get("results", []):
         found += [f"{row['name']}: {p}" for p in row["problems"]]
+        if row["within_bound"] is None:
+            median = f", median of rows {row['median_row']:.2g}" if "median_row" in row else ""
+            found.append(f"{row['name']}: told, not judged: error {row['error']:.2g}{median}")
         if row["within_strict"] is False and not row["problems"]:
             found.append(f"{row['name']}: error {row['error']:.2g}, strict bound {row['strict_bound']:.2g}")
     if "how" in r:

@@ -12,8 +12,10 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import InputError
-from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, inside, open_arrays
+from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, open_arrays
 from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.standalone.arrays import BadInput
+from dsjax.export.standalone.manifest import inside
 
 
 class NoWeights(Exception):
@@ -54,7 +56,7 @@ def parameter(bundle: Bundle, value: Value, checkpoint: Path | None) -> np.ndarr
     entry = bundle.params.get(value.name)
     if entry is None:
         raise InputError(f"{path}: expected the parameter {value.name}, found no entry")
-    where, raw = _copied(bundle, path, entry) if entry.get("copy") else _joined(bundle, path, entry, checkpoint)
+    where, raw = _copied(bundle, path, entry) if entry.get("copy") else _joined(path, entry, value, checkpoint)
     expected = byte_count(value.global_shape, value.dtype)
     if raw.size != expected:
         raise InputError(f"{where}: {value.name}: expected {expected} bytes, found {raw.size}")
@@ -68,44 +70,53 @@ def _copied(bundle: Bundle, path: Path, entry: dict[str, Any]) -> tuple[Path, np
     copy = entry["copy"]
     if not isinstance(copy, dict) or not isinstance(copy.get("file"), str) or not isinstance(copy.get("tensor"), str):
         raise InputError(f"{path}: {entry['path']}: copy: expected file and tensor, found {reprlib.repr(copy)}")
-    file = bundle.folder / inside(path, copy["file"])
+    if copy["file"] not in bundle.manifest["files"]:
+        raise InputError(f"{path}: {entry['path']}: copy: expected a file of the manifest, found {copy['file'][:80]!r}")
+    file = bundle.folder / copy["file"]
     return file, np.ascontiguousarray(open_arrays(file).read(copy["tensor"])).reshape(-1).view(np.uint8)
 
 
-def _joined(bundle: Bundle, path: Path, entry: dict[str, Any], checkpoint: Path | None) -> tuple[Path, np.ndarray]:
+def _joined(path: Path, entry: dict[str, Any], value: Value, checkpoint: Path | None) -> tuple[Path, np.ndarray]:
     """The bytes of tensors in a checkpoint one after the other: an array stacked along a leading axis lies so.
 
     Where the recipe is "stack, then X to Y", they are of dtype X, and cast.
     """
-    name, recipe = entry["path"], str(entry.get("recipe"))
+    name, recipe = value.name, str(entry.get("recipe"))
     if checkpoint is None:
         raise NoWeights("the bundle refers to a checkpoint's weights, and --checkpoint names no folder")
     cast = _cast(recipe)
     if cast is None and recipe != "stack":
         raise NoWeights(f"{name} is made by {recipe!r}; only --weights copy, at export, keeps the result")
+    expected = byte_count(value.global_shape, value.dtype if cast is None else cast[0])
     sources = entry.get("sources")
     if not isinstance(sources, list) or not sources:
         raise InputError(f"{path}: {name}: sources: expected a list, found {reprlib.repr(sources)}")
+    for source in sources:
+        if not isinstance(source, dict) or not all(_is_size(source.get(k)) for k in ("offset", "bytes")):
+            raise InputError(f"{path}: {name}: sources: expected file, offset, bytes, found {reprlib.repr(source)}")
+    found = sum(source["bytes"] for source in sources)
+    if found != expected:
+        raise InputError(f"{path}: {name}: sources: expected {expected} bytes, found {found}")
     pieces = []
     for source in sources:
-        if not isinstance(source, dict) or not all(type(source.get(k)) is int for k in ("offset", "bytes")):
-            raise InputError(f"{path}: {name}: sources: expected file, offset, bytes, found {reprlib.repr(source)}")
-        file = checkpoint / inside(path, str(source.get("file")))
         try:
+            file = checkpoint / inside(path, source.get("file"))
             with file.open("rb") as stream:
                 stream.seek(source["offset"])
                 piece = stream.read(source["bytes"])
+        except BadInput as e:
+            raise InputError(str(e)) from None
         except OSError as e:
             raise InputError(f"{file}: expected a file of the checkpoint, found: {e.strerror}") from None
         if len(piece) != source["bytes"]:
             raise InputError(f"{file}: {source.get('tensor')}: expected {source['bytes']} bytes, found {len(piece)}")
         pieces.append(piece)
     raw = np.frombuffer(b"".join(pieces), np.uint8)
-    if cast is None:
-        return checkpoint, raw
-    if raw.size % cast[0].itemsize:
-        raise InputError(f"{checkpoint}: {name}: expected whole numbers of {cast[0]}, found {raw.size} bytes")
-    return checkpoint, raw.view(cast[0]).astype(cast[1]).view(np.uint8)
+    return checkpoint, raw if cast is None else raw.view(cast[0]).astype(cast[1]).view(np.uint8)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _cast(recipe: str) -> tuple[np.dtype, np.dtype] | None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
-import json
 import math
-import re
 import reprlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +15,9 @@ import numpy as np
 from dsjax.checkpoint.safetensors import Files, read_tensors
 from dsjax.errors import InputError
 from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.standalone.arrays import BadInput, read_json
+from dsjax.export.standalone.manifest import check_files, read_manifest
 
-SCHEMA = 1
 Slice = tuple[tuple[int, int], ...]
 
 
@@ -99,14 +97,17 @@ class Bundle:
         """The programs whose name, or a module's name, matches one of the shell patterns between commas.
 
         Raises:
-          InputError: if there is none.
+          InputError: of a pattern that none matches.
         """
-        chosen = [p for p in self.programs if patterns is None or _matches(p, patterns.split(","))]
-        if not chosen:
-            names = ", ".join(p.name for p in self.programs)
-            shown = names if len(names) <= 300 else f"{names[:300]} ..."
-            raise InputError(f"--modules {patterns}: expected patterns for some of {shown}, found none that fits")
-        return chosen
+        if patterns is None:
+            return list(self.programs)
+        each = patterns.split(",")
+        for pattern in each:
+            if not any(_matches(p, [pattern]) for p in self.programs):
+                names = ", ".join(p.name for p in self.programs)
+                shown = names if len(names) <= 300 else f"{names[:300]} ..."
+                raise InputError(f"--modules {patterns}: {pattern!r}: expected a pattern for some of {shown}")
+        return [p for p in self.programs if _matches(p, each)]
 
 
 def _matches(program: Program, patterns: Sequence[str]) -> bool:
@@ -122,14 +123,15 @@ def open_bundle(folder: Path) -> Bundle:
         that is not as the schema says.
     """
     path = folder / "manifest.json"
-    manifest = read_json(path)
-    schema = manifest.get("schema")
-    if type(schema) is not int or schema < 1:
-        raise InputError(f"{path}: schema: expected {SCHEMA}, found {reprlib.repr(schema)}")
-    if schema > SCHEMA:
-        raise InputError(f"{path}: schema: expected at most {SCHEMA}, found {schema}: made by a newer dsjax")
-    check_files(folder, manifest)
-    modules = [_module(path, entry) for entry in _list(path, manifest, "modules")]
+    try:
+        manifest = read_manifest(folder)
+        damaged = check_files(folder, manifest["files"])
+        params = read_json(folder / "params.json") if "params.json" in manifest["files"] and not damaged else None
+    except BadInput as e:
+        raise InputError(str(e)) from None
+    for name, what in damaged.items():
+        raise InputError(f"{folder / name}: {what}")
+    modules = [_module(path, entry) for entry in manifest["modules"]]
     if len({m.name for m in modules}) != len(modules):
         raise InputError(f"{path}: modules: expected each name once")
     for module in modules:
@@ -140,60 +142,9 @@ def open_bundle(folder: Path) -> Bundle:
     ranks = mesh.get("ranks") if isinstance(mesh, dict) else 1
     if type(ranks) is not int or ranks < 1:
         raise InputError(f"{path}: mesh: expected a number of ranks, found {reprlib.repr(ranks)}")
-    return Bundle(folder, manifest, _params(folder), _programs(path, modules, ranks), ranks)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      InputError: if the file is none, or holds none.
-    """
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except OSError as e:
-        raise InputError(f"{path}: expected a readable file, found: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: expected a JSON object, found: {e}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {reprlib.repr(value)}")
-    return value
-
-
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compares size and hash of every file that a manifest lists.
-
-    Raises:
-      InputError: naming the first that is not as listed.
-    """
-    path = folder / "manifest.json"
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise InputError(f"{path}: files: expected an object, found {reprlib.repr(files)}")
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise InputError(f"{path}: files: {name}: expected bytes and sha256, found {reprlib.repr(entry)}")
-        file = folder / inside(path, name)
-        if not file.is_file():
-            raise InputError(f"{file}: expected a file that manifest.json lists, found none")
-        if file.stat().st_size != entry.get("bytes"):
-            raise InputError(f"{file}: expected {entry.get('bytes')} bytes, found {file.stat().st_size}")
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != entry["sha256"]:
-            raise InputError(f"{file}: expected sha256 {entry['sha256']}, found {found}: the file was changed")
-
-
-def inside(path: Path, name: str) -> PurePosixPath:
-    """A relative path that stays in its folder.
-
-    Raises:
-      InputError: of another, naming the file that says it.
-    """
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-        raise InputError(f"{path}: expected the path of a file inside, found {name!r}")
-    return pure
+    entries = [] if params is None else _list(folder / "params.json", params, "arguments")
+    by_path = {str(entry.get("path")): entry for entry in entries}
+    return Bundle(folder, manifest, by_path, _programs(path, modules, ranks), ranks)
 
 
 def _list(path: Path, owner: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -204,13 +155,8 @@ def _list(path: Path, owner: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _module(path: Path, entry: dict[str, Any]) -> Module:
-    name, rank, golden = entry.get("name"), entry.get("rank"), entry.get("golden")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
-        raise InputError(f"{path}: modules: expected a name of letters, digits and -, found {reprlib.repr(name)}")
-    if not (rank is None or (type(rank) is int and rank >= 0)):
-        raise InputError(f"{path}: {name}: rank: expected a number or null, found {reprlib.repr(rank)}")
-    if golden is not None and not (isinstance(golden, str) and re.fullmatch(r"golden/[\w.+-]+", golden)):
-        raise InputError(f"{path}: {name}: golden: expected golden/<name> or null, found {reprlib.repr(golden)}")
+    """A module, of which `read_manifest` has checked name, rank and golden."""
+    name, rank, golden = entry["name"], entry.get("rank"), entry.get("golden")
     lists = []
     for key in ("arguments", "results"):
         values = tuple(_value(f"{path}: {name}: {key}", i, v) for i, v in enumerate(_list(path, entry, key)))
@@ -245,7 +191,7 @@ def sizes(where: str, name: str, value: Any) -> tuple[int, ...]:
     Raises:
       InputError: of anything else.
     """
-    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+    if not isinstance(value, list) or len(value) > 32 or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
         raise InputError(f"{where}: {name}: expected a shape, found {reprlib.repr(value)}")
     return tuple(value)
 
@@ -279,19 +225,12 @@ def _programs(path: Path, modules: list[Module], ranks: int) -> tuple[Program, .
     for name, members in groups.items():
         members.sort(key=lambda m: m.rank or 0)
         found = [m.rank for m in members]
-        if found != [None] and found != list(range(ranks)):
+        if found != [None] and (len(found) != ranks or found != list(range(ranks))):
             raise InputError(f"{path}: {name}: expected ranks 0 to {ranks - 1}, found {found}")
         if len({m.golden for m in members}) != 1:
             raise InputError(f"{path}: {name}: expected one golden of all ranks")
         programs.append(Program(name, tuple(members)))
     return tuple(programs)
-
-
-def _params(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / "params.json"
-    if not path.exists():
-        return {}
-    return {str(entry.get("path")): entry for entry in _list(path, read_json(path), "arguments")}
 
 
 def open_arrays(path: Path) -> Files:

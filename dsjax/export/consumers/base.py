@@ -36,6 +36,39 @@ class Ran:
     how: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Misread:
+    """A code of a float type that a consumer takes for another number; a `harmless` one that it decodes rightly."""
+
+    dtype: str
+    code: int
+    found: str
+    harmless: int
+
+    def within(self, array: np.ndarray) -> np.ndarray | None:
+        """Where an array has the code; None if nowhere."""
+        if array.dtype.name != self.dtype:
+            return None
+        where = array.view(np.uint8) == self.code
+        return where if where.any() else None
+
+
+def without_misreads(misreads: Sequence[Misread], arguments: Sequence[Arrays]) -> tuple[list[Misread], list[Arrays]]:
+    """Which of the codes arguments have, and the arguments with harmless ones in their places."""
+    met: list[Misread] = []
+
+    def replaced(array: np.ndarray) -> np.ndarray:
+        for one in misreads:
+            where = one.within(array)
+            if where is not None:
+                met.extend([one] * (one not in met))
+                array = np.where(where, np.uint8(one.harmless), array.view(np.uint8)).view(array.dtype)
+        return array
+
+    others = [[replaced(array) for array in arrays] for arrays in arguments]
+    return met, others
+
+
 class Consumer(Protocol):
     """Somebody who takes portable StableHLO."""
 
@@ -59,8 +92,8 @@ class Consumer(Protocol):
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
         """Only compiles the program, or those of all ranks, and gives what is known then; raises as `run` does."""
 
-    def exception(self, arguments: Sequence[Arrays]) -> str | None:
-        """A documented reason for which this consumer's results depart on such arguments, or None."""
+    misreads: Sequence[Misread]
+    """The codes that it is known to decode wrongly."""
 
 
 def new_context() -> ir.Context:
@@ -103,6 +136,12 @@ def functions(module: ir.Module) -> dict[str, Any]:
     """The module's functions by name; who keeps one of them has to keep the module."""
     operations: Any = module.body.operations
     return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
+
+
+def callee(op: Any) -> str | None:
+    """The function that an instruction calls, or a composite stands for."""
+    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(op.operation.name)
+    return None if key is None else str(op.operation.attributes[key].value)
 
 
 def copy_functions(module: ir.Module, program: ir.Module, prefix: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from dsjax.export.artifact import attribute_names
 from dsjax.export.consumers.base import Refused
 
 _REDUCING = ("stablehlo.all_reduce", "stablehlo.reduce_scatter")
@@ -32,6 +33,40 @@ def is_collective(op: Any) -> bool:
     if name not in COLLECTIVES and (name.startswith("stablehlo.collective") or name in _POINT_TO_POINT):
         raise Refused(f"{name} cannot be written out")
     return name in COLLECTIVES
+
+
+def check_alike(met: list[Any]) -> None:
+    """Refuses a collective that is not the same for all ranks, or names a rank that there is not.
+
+    Args:
+      met: the instruction of every rank, by rank.
+    """
+    for what, of in (("attributes", _attributes), ("types", _types), ("reductions", _body)):
+        found = list(dict.fromkeys(of(op) for op in met))
+        if len(found) > 1:
+            raise Refused(f"{met[0].name}: expected the same {what} of all ranks, found {found[0]} and {found[1]}")
+    permuted = met[0].name == "stablehlo.collective_permute"
+    key = "source_target_pairs" if permuted else "replica_groups"
+    named = np.array(met[0].attributes[key])
+    if named.size and not -1 <= named.min() <= named.max() < len(met):
+        raise Refused(f"{met[0].name}: {key}: expected ranks 0 to {len(met) - 1}, found {named.tolist()}")
+    columns = named.T.tolist() if permuted else [named[named >= 0].tolist()]
+    if any(len(set(ranks)) < len(ranks) for ranks in columns):
+        raise Refused(f"{met[0].name}: {key}: expected each rank once, found {named.tolist()}")
+
+
+def _attributes(op: Any) -> str:
+    return ", ".join(f"{name} = {op.attributes[name]}" for name in sorted(attribute_names(op)))
+
+
+def _types(op: Any) -> str:
+    types = [", ".join(str(v.type) for v in values) for values in (op.operands, op.results)]
+    return f"({types[0]}) -> ({types[1]})"
+
+
+def _body(op: Any) -> str:
+    blocks = [block for region in op.regions for block in region.blocks]
+    return ", ".join(f"{o.operation.name} {_types(o.operation)}" for block in blocks for o in block.operations)
 
 
 def defined(met: list[Any]) -> list[list[Any]]:
@@ -77,8 +112,10 @@ def _of_group(op: Any, parts: list[Any], kind: Any) -> list[Any]:
 
 
 def _reduced(op: Any, parts: list[Any]) -> Any:
-    body = [inner.operation.name for inner in op.regions[0].blocks[0].operations]
-    if len(body) != 2 or body[0] not in _REDUCTIONS:
+    block = op.regions[0].blocks[0]
+    steps = [inner.operation for inner in block.operations]
+    body = [step.name for step in steps]
+    if len(body) != 2 or body[0] not in _REDUCTIONS or set(steps[0].operands) != set(block.arguments):
         raise Refused(f"{op.operation.name} by {', '.join(body)} cannot be written out")
     total = parts[0]
     for part in parts[1:]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.consumers.base import functions, main_function, new_context, parse
+from dsjax.export.consumers.base import callee, functions, main_function, new_context, parse
 from dsjax.export.loops import Known, Loops, Scope
 
 SECONDS = 1.2e-6
@@ -31,9 +31,13 @@ class Estimate:
 
 def estimate_seconds(module: bytes) -> Estimate:
     """The interpreter's time for a portable artifact, from the sizes in it and the counts of its loops."""
-    parsed = parse(module, new_context())
-    walk = _Walk({name: f.regions[0].blocks[0] for name, f in functions(parsed).items()})
-    steps = walk.block(main_function(parsed).regions[0].blocks[0], {})
+    return estimate_module(parse(module, new_context()))
+
+
+def estimate_module(module: ir.Module) -> Estimate:
+    """The same of a module in which no function calls itself."""
+    walk = _Walk({name: f.regions[0].blocks[0] for name, f in functions(module).items()})
+    steps = walk.block(main_function(module).regions[0].blocks[0], {})
     return Estimate(steps * SECONDS, walk.exact)
 
 
@@ -68,9 +72,9 @@ class _Walk:
         name = op.name
         if name == "stablehlo.while":
             return self._loop(op, scope)
-        if name in ("func.call", "stablehlo.composite"):
-            attribute = op.attributes["callee" if name == "func.call" else "decomposition"]
-            return self._call(str(attribute.value), op, scope)
+        called = callee(op)
+        if called is not None:
+            return self._call(called, op, scope)
         if name in ("stablehlo.case", "stablehlo.if"):
             return max((self.block(r.blocks[0], scope) for r in op.regions), default=0.0)
         out = float(sum(_size(v) for v in op.results))

@@ -9,14 +9,21 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+_NARROW = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn", "int4", "uint4")
+_PLAIN = ("bool", "float16", "float32", "float64", *(f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32, 64)))
+DTYPES = {n: np.dtype(n) for n in _PLAIN} | {n: np.dtype(getattr(ml_dtypes, n)) for n in _NARROW}
+"""The element types of modules by the names that NumPy and ml_dtypes give them."""
+
 
 def dtype_of(name: str) -> np.dtype:
-    """A type by the name that NumPy or ml_dtypes gives it.
+    """A type by its name.
 
     Raises:
-      TypeError: of another name.
+      TypeError: of a name that is none of `DTYPES`.
     """
-    return np.dtype(getattr(ml_dtypes, name, name))
+    if name not in DTYPES:
+        raise TypeError(f"expected a type of {', '.join(DTYPES)}, found {name[:80]!r}")
+    return DTYPES[name]
 
 
 def write_arrays(path: Path, arrays: list[np.ndarray]) -> None:

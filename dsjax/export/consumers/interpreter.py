@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from dsjax.export.consumers.base import Arrays, Ran, main_function, new_context, parse
-from dsjax.export.consumers.exchange import dtype_of
-from dsjax.export.consumers.lockstep import run_merged
+from dsjax.export.consumers.base import Arrays, Misread, Ran, main_function, new_context, parse
+from dsjax.export.consumers.lockstep import HOW, run_as_one
 from dsjax.export.consumers.worker import isolated
+from dsjax.export.operations import numpy_dtype
 
 _TASK = "dsjax.export.consumers.interpreter:evaluate"
 
@@ -28,6 +27,7 @@ class Interpreter:
 
     name = "interpreter"
     executes = True
+    misreads: Sequence[Misread] = (Misread("float8_e8m0fnu", 0xFF, "infinity, not NaN", 0x7F),)
 
     def __init__(self, time_limit: float = 600.0) -> None:
         self._time_limit = time_limit
@@ -41,54 +41,34 @@ class Interpreter:
         return isolated(_TASK, [module], [arguments], time_limit=self._time_limit)[0][0]
 
     def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
-        """See `Consumer.run_ranks`."""
-        return run_merged(self, modules, arguments)
+        """See `Consumer.run_ranks`: as one program."""
+        return Ran(isolated(_TASK, modules, arguments, time_limit=self._time_limit)[0], HOW)
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
-        """Reads and checks the modules; there is nothing to compile."""
-        for module in modules:
-            parse(module, new_context()).operation.verify()
+        """There is nothing to compile."""
         return {}
-
-    def exception(self, arguments: Sequence[Arrays]) -> str | None:
-        """E8M0's NaN is read as infinity."""
-        found = any(
-            a.dtype == ml_dtypes.float8_e8m0fnu and (a.view(np.uint8) == 0xFF).any() for r in arguments for a in r
-        )
-        return "reads the E8M0 code 0xFF, a NaN, as infinity" if found else None
 
 
 def evaluate(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
-    """A `Task`: one program."""
-    module = parse(modules[0], new_context())
+    """A `Task`: one program, or those of all ranks."""
+    return run_as_one(_evaluate, modules, arguments), {}
+
+
+def _evaluate(code: bytes, arguments: Arrays) -> Arrays:
+    module = parse(code, new_context())
     with module.context, ir.Location.unknown():
         main = main_function(module)
         kinds = main.type.inputs
-        wanted = [_dtype(kind) for kind in main.type.results]
+        wanted = [numpy_dtype(ir.RankedTensorType(kind).element_type) for kind in main.type.results]
         _plain_results(main)
-        given = [_attribute(array, kind) for array, kind in zip(arguments[0], kinds, strict=True)]
+        given = [_attribute(array, kind) for array, kind in zip(arguments, kinds, strict=True)]
         results = stablehlo.eval_module(module, given)
-        return [[_typed(np.array(result), dtype) for result, dtype in zip(results, wanted, strict=True)]], {}
+        return [_typed(np.array(result), dtype) for result, dtype in zip(results, wanted, strict=True)]
 
 
-_DTYPES = {
-    "bf16": "bfloat16",
-    "f4E2M1FN": "float4_e2m1fn",
-    "f8E8M0FNU": "float8_e8m0fnu",
-    "f8E4M3FN": "float8_e4m3fn",
-    "f8E5M2": "float8_e5m2",
-}
-
-
-def _dtype(kind: Any) -> np.dtype | None:
-    """The type of a result that NumPy itself has no type for, else None."""
-    name = str(ir.RankedTensorType(kind).element_type)
-    return dtype_of(_DTYPES[name]) if name in _DTYPES else None
-
-
-def _typed(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+def _typed(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """A result as `_plain_results` gave it, in its own type."""
-    if dtype is None:
+    if array.dtype == dtype or dtype.kind in "iub":
         return array
     return array.astype(dtype) if array.dtype == np.float32 else array.view(dtype)
 

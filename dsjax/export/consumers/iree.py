@@ -9,12 +9,11 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from dsjax.export.consumers.base import Arrays, Ran, Refused, main_function, new_context, parse
+from dsjax.export.consumers.base import Arrays, Misread, Ran, Refused, main_function, new_context, parse
 from dsjax.export.consumers.exchange import dtype_of
-from dsjax.export.consumers.lockstep import merge, run_merged
+from dsjax.export.consumers.lockstep import HOW, as_one, run_as_one
 from dsjax.export.consumers.worker import isolated
 
 FLAGS = (
@@ -40,6 +39,10 @@ class Iree:
 
     name = "iree"
     executes = True
+    misreads: Sequence[Misread] = (
+        Misread("float8_e4m3fn", 0xFF, "-480, not NaN", 0x38),
+        Misread("float8_e8m0fnu", 0x00, "0, not 2^-127", 0x7F),
+    )
 
     def __init__(self, time_limit: float = 600.0) -> None:
         self._time_limit = time_limit
@@ -57,42 +60,42 @@ class Iree:
 
     def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
         """See `Consumer.run_ranks`: as one program, since its CPU runtime has no collectives."""
-        return run_merged(self, modules, arguments)
+        return Ran(isolated(_TASK, modules, arguments, time_limit=self._time_limit)[0], HOW)
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
         """See `Consumer.compile`."""
-        module = modules[0] if len(modules) == 1 else merge(modules)
-        return isolated(_TASK, [module], time_limit=self._time_limit)[1]
-
-    def exception(self, arguments: Sequence[Arrays]) -> str | None:
-        """Its decoders of FP8 have two codes wrong: the negative NaN of E4M3, and the smallest E8M0."""
-        wrong = []
-        for name, code, found in (("float8_e4m3fn", 0xFF, "-480, not NaN"), ("float8_e8m0fnu", 0, "0, not 2^-127")):
-            dtype = np.dtype(getattr(ml_dtypes, name))
-            if any(a.dtype == dtype and (a.view(np.uint8) == code).any() for rank in arguments for a in rank):
-                wrong.append(f"{name} {code:#04x} as {found}")
-        return f"reads {' and '.join(wrong)}" if wrong else None
+        return isolated(_TASK, modules, time_limit=self._time_limit)[1]
 
 
 def execute(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
-    """A `Task`: compiles the program, and runs it if there are arguments."""
-    import iree.compiler
-    import iree.runtime as runtime
+    """A `Task`: compiles the program, or that of all ranks, and runs it if there are arguments."""
+    if not arguments:
+        return [], {"code_bytes": len(_compiled(as_one(modules))[0])}
+    return run_as_one(_run, modules, arguments), {}
 
-    parsed = parse(modules[0], new_context())
+
+def _compiled(module: bytes) -> tuple[bytes, str]:
+    """IREE's code of a program, and its function's name."""
+    import iree.compiler
+
+    parsed = parse(module, new_context())
     main = main_function(parsed)
     if any("f4E2M1FN" in str(t) for t in main.type.inputs):
         raise Refused("it has no f4E2M1FN; --target typed-fp8 or portable have none")
-    function = str(main.attributes["sym_name"].value)
-    code = iree.compiler.compile_str(modules[0], input_type="stablehlo", extra_args=list(FLAGS))
-    if not arguments:
-        return [], {"code_bytes": len(code)}
+    code = iree.compiler.compile_str(module, input_type="stablehlo", extra_args=list(FLAGS))
+    return code, str(main.attributes["sym_name"].value)
+
+
+def _run(code: bytes, arguments: Arrays) -> Arrays:
+    import iree.runtime as runtime
+
+    compiled, function = _compiled(code)
     config = runtime.Config("local-sync")
     system = runtime.SystemContext(config=config)
-    module = runtime.VmModule.copy_buffer(system.instance, code)
+    module = runtime.VmModule.copy_buffer(system.instance, compiled)
     system.add_vm_module(module)
-    given, results = runtime.VmVariantList(len(arguments[0])), runtime.VmVariantList(1)
-    for array in arguments[0]:
+    given, results = runtime.VmVariantList(len(arguments)), runtime.VmVariantList(1)
+    for array in arguments:
         given.push_ref(_view(runtime, config.device, array))
     system.vm_context.invoke(module.lookup_function(function), given, results)
     names = {value.removeprefix("S"): name for name, value in _ELEMENTS.items()}
@@ -102,7 +105,7 @@ def execute(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) ->
         dtype = dtype_of(names[runtime.HalElementType(view.element_type).name.removeprefix("S")])
         mapped = view.map().asarray(view.shape, np.dtype(f"u{dtype.itemsize}"))
         out.append(np.array(mapped).view(dtype))
-    return [out], {}
+    return out
 
 
 def _view(runtime: Any, device: Any, array: np.ndarray) -> Any:

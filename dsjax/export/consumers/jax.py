@@ -9,8 +9,8 @@ import jax
 
 from dsjax.backend import compiler_options
 from dsjax.export.consumers import xla
-from dsjax.export.consumers.base import Arrays, Ran
-from dsjax.export.consumers.lockstep import merge, run_merged
+from dsjax.export.consumers.base import Arrays, Misread, Ran
+from dsjax.export.consumers.lockstep import HOW, as_one_isolated, by_rank
 
 
 class Jax:
@@ -18,9 +18,10 @@ class Jax:
 
     name = "jax"
     executes = True
+    misreads: Sequence[Misread] = ()
 
     def __init__(self, time_limit: float = 600.0) -> None:
-        self._time_limit = time_limit  # not kept: XLA runs in this process
+        self._time_limit = time_limit  # of what is done before: XLA runs in this process
 
     def available(self) -> str | None:
         """None: JAX has a device, or the command would not have started."""
@@ -33,27 +34,20 @@ class Jax:
 
     def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
         """See `Consumer.run_ranks`: each rank on a device if they run the same program and there are enough."""
-        return ranks_on_devices(self, modules, arguments, jax.local_devices())
+        devices = jax.local_devices()
+        program = xla.as_replica(modules) if len(devices) >= len(modules) else None
+        if program is None:
+            program, counts = as_one_isolated(modules, self._time_limit)
+            return Ran(by_rank(self.run(program, [a for arrays in arguments for a in arrays]), counts), HOW)
+        used = devices[: len(modules)]
+        results = xla.run_replicas(used, program, arguments, compiler_options(used[0].platform))
+        return Ran(results, f"on {len(used)} devices")
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
         """See `Consumer.compile`."""
         device = jax.local_devices()[0]
-        module = modules[0] if len(modules) == 1 else merge(modules)
+        module = modules[0] if len(modules) == 1 else as_one_isolated(modules, self._time_limit)[0]
         return memory(xla.compiled([device], module, compiler_options(device.platform)))
-
-    def exception(self, arguments: Sequence[Arrays]) -> str | None:
-        """None is documented."""
-        return None
-
-
-def ranks_on_devices(consumer: Any, modules: Sequence[bytes], arguments: Sequence[Arrays], devices: xla.Devices) -> Ran:
-    """The programs of all ranks on devices, else as one program on the first of them."""
-    program = xla.as_replica(modules) if len(devices) >= len(modules) else None
-    if program is None:
-        return run_merged(consumer, modules, arguments)
-    used = devices[: len(modules)]
-    results = xla.run_replicas(used, program, arguments, compiler_options(used[0].platform))
-    return Ran(results, f"on {len(used)} devices")
 
 
 def memory(executable: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ that hold collectives become one loop, whose count is that of the first rank; ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,39 +15,76 @@ from jaxlib.mlir.dialects import func, stablehlo
 
 from dsjax.export.consumers.base import (
     Arrays,
-    Consumer,
-    Ran,
     Refused,
+    callee,
     copy_functions,
     main_function,
     new_context,
     parse,
     serialise,
 )
-from dsjax.export.consumers.collectives import COLLECTIVES, defined, is_collective
+from dsjax.export.consumers.collectives import COLLECTIVES, check_alike, defined, is_collective
+from dsjax.export.consumers.worker import isolated
+
+HOW = "with collectives written out"
 
 
-def run_merged(consumer: Consumer, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
-    """Runs the programs of all ranks as one; raises as `Consumer.run` does."""
-    results = iter(consumer.run(merge(modules), [a for arrays in arguments for a in arrays]))
-    parsed = [parse(m, new_context()) for m in modules]
-    counts = [len(main_function(m).type.results) for m in parsed]
-    return Ran([[next(results) for _ in range(n)] for n in counts], "with collectives written out")
+def run_as_one(
+    run: Callable[[bytes, Arrays], Arrays], modules: Sequence[bytes], arguments: Sequence[Arrays]
+) -> list[Arrays]:
+    """The results of all ranks, by who runs one program."""
+    program, counts = _merged(modules) if len(modules) > 1 else (modules[0], None)
+    results = run(program, [a for arrays in arguments for a in arrays])
+    return [results] if counts is None else by_rank(results, counts)
+
+
+def by_rank(results: Arrays, counts: Sequence[int]) -> list[Arrays]:
+    """Results of one program as those of the ranks that it was made of."""
+    each = iter(results)
+    return [[next(each) for _ in range(n)] for n in counts]
+
+
+def as_one(modules: Sequence[bytes]) -> bytes:
+    """A program, or those of all ranks as one; raises as `merge` does."""
+    return modules[0] if len(modules) == 1 else merge(modules)
+
+
+def as_one_isolated(modules: Sequence[bytes], time_limit: float) -> tuple[bytes, list[int]]:
+    """`merge` in a process of its own; also how many results each rank has."""
+    task = f"{__name__}:merge_task"
+    (results,), facts = isolated(task, modules, time_limit=time_limit)
+    return results[0].tobytes(), facts["counts"]
+
+
+def merge_task(modules: list[bytes], _: list[Arrays], __: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
+    """A `Task`: see `as_one_isolated`."""
+    program, counts = _merged(modules)
+    return [[np.frombuffer(program, np.uint8)]], {"counts": counts}
 
 
 def merge(modules: Sequence[bytes]) -> bytes:
     """One portable artifact that takes the arguments of rank 0, then of rank 1, ..., and gives results likewise.
 
     Raises:
-      Refused: if ranks do not meet at the same collectives.
+      Refused: if ranks do not meet at the same collectives, of the same types and attributes.
     """
+    return _merged(modules)[0]
+
+
+def _merged(modules: Sequence[bytes]) -> tuple[bytes, list[int]]:
+    """See `merge`; also how many results each rank has."""
     context = new_context()
     parsed = [parse(m, context) for m in modules]
+    counts = [len(main_function(m).type.results) for m in parsed]
     with context, ir.Location.unknown():
         program = _side_by_side(parsed)
         _fuse(main_function(program).regions[0].blocks[0], len(parsed))
-        program.operation.verify()
-        return serialise(program)
+        try:
+            program.operation.verify()
+        except ir.MLIRError as e:
+            found = e.error_diagnostics[0].message if e.error_diagnostics else str(e)
+            raise Refused(f"ranks do not fit together: {found}") from None
+        return serialise(program), counts
 
 
 def _side_by_side(modules: list[ir.Module]) -> ir.Module:
@@ -97,7 +134,7 @@ class _Calls:
 
     def _op_meets(self, op: Any) -> bool:
         inner = (o for region in op.regions for block in region.blocks for o in block.operations)
-        name = _callee(op)
+        name = callee(op)
         return is_collective(op) or any(map(self._op_meets, inner)) or (name is not None and self.meets(name))
 
     def inline(self, block: Any) -> None:
@@ -106,7 +143,7 @@ class _Calls:
             for region in op.regions:
                 for inner in region.blocks:
                     self.inline(inner)
-            name = _callee(op)
+            name = callee(op)
             if name is not None and self.meets(name):
                 self._replace(op.operation, name)
 
@@ -124,12 +161,6 @@ class _Calls:
             old.replace_all_uses_with(new)
         call.erase()
         copy.operation.erase()
-
-
-def _callee(op: Any) -> str | None:
-    """The function that an instruction calls."""
-    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(op.operation.name)
-    return None if key is None else str(op.operation.attributes[key].value)
 
 
 def _number(block: Any, rank: int) -> None:
@@ -186,6 +217,7 @@ def _fuse(block: Any, ranks: int) -> None:
         if met[0].name == "stablehlo.while":
             _join_loops(met)
         elif met[0].name in COLLECTIVES:
+            check_alike(met)
             _write_out(met)
         else:
             raise Refused(f"a collective inside {met[0].name} cannot be written out")

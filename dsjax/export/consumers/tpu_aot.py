@@ -6,10 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from dsjax.aot import LIBTPU, topology_devices
 from dsjax.errors import InputError
 from dsjax.export.consumers import xla
-from dsjax.export.consumers.base import Arrays, Ran, Refused
+from dsjax.export.consumers.base import Arrays, Misread, Ran, Refused
 from dsjax.export.consumers.jax import memory
 from dsjax.export.consumers.worker import isolated
 
@@ -20,6 +19,7 @@ class TpuAot:
     """See the top of this file. Compiles only."""
 
     executes = False
+    misreads: Sequence[Misread] = ()
 
     def __init__(self, topology: str, time_limit: float = 600.0) -> None:
         self.name = f"tpu-aot:{topology}"
@@ -28,6 +28,8 @@ class TpuAot:
 
     def available(self) -> str | None:
         """None, or that libtpu is missing."""
+        from dsjax.aot import LIBTPU  # here, since it brings the models, which no other consumer's process needs
+
         return None if importlib.util.find_spec("libtpu") else f"expected {LIBTPU}, found none installed"
 
     def run(self, module: bytes, arguments: Arrays) -> Arrays:
@@ -51,17 +53,14 @@ class TpuAot:
         Raises:
           Refused: with the compiler's reason, or for a topology with too few devices.
         """
-        program = xla.as_replica([modules[0]] * len(modules)) if len(modules) > 1 else modules[0]
         options = {"topology": self._topology, "devices": max(len(modules), partitions), "partitions": partitions > 1}
-        return isolated(_TASK, [program or modules[0]], options=options, time_limit=self._time_limit)[1]
-
-    def exception(self, arguments: Sequence[Arrays]) -> str | None:
-        """None is documented."""
-        return None
+        return isolated(_TASK, [modules[0]], options=options, time_limit=self._time_limit)[1]
 
 
 def compile_for(modules: list[bytes], _: list[Arrays], options: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
     """A `Task`: compiles the program for the first devices of a topology."""
+    from dsjax.aot import topology_devices
+
     try:
         devices = topology_devices(options["topology"])
     except InputError as e:
@@ -69,5 +68,7 @@ def compile_for(modules: list[bytes], _: list[Arrays], options: dict[str, Any]) 
     if len(devices) < options["devices"]:
         raise Refused(f"expected {options['devices']} devices, found {len(devices)} in {options['topology']}")
     used = devices[: options["devices"]]
-    executable = xla.compiled(used, modules[0], {}, partitions=options["partitions"], row_major=True)
+    ranks = len(used) > 1 and not options["partitions"]
+    program = xla.to_replica(modules[0]) if ranks else modules[0]
+    executable = xla.compiled(used, program, {}, partitions=options["partitions"], row_major=True)
     return [], {"device": devices[0].device_kind, **memory(executable)}

@@ -41,7 +41,7 @@ def isolated(
       task: "module:function".
       modules, arguments, options: of the task.
       environment: variables on top of this process's.
-      time_limit: seconds after which the process is ended.
+      time_limit: seconds after which the process is ended, and whatever it has started.
 
     Raises:
       Refused: with the task's own reason, with the last word of a process that died, or for too long a time.
@@ -55,18 +55,22 @@ def isolated(
         for i, arrays in enumerate(arguments):
             write_arrays(folder / f"arguments{i}", arrays)
         with (folder / "stderr").open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _CALL, name],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                env=_environment(environment),
+                start_new_session=True,
+            )
             try:
-                status = subprocess.run(
-                    [sys.executable, "-P", "-c", _CALL, name],
-                    stdin=subprocess.DEVNULL,
-                    stdout=stderr,
-                    stderr=stderr,
-                    env=_environment(environment),
-                    timeout=time_limit,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                raise Refused(f"not done within --time-limit {time_limit:g} s", "too slow") from None
+                status = process.wait(time_limit)
+            except BaseException as e:
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
+                process.wait()
+                if isinstance(e, subprocess.TimeoutExpired):
+                    raise Refused(f"not done within --time-limit {time_limit:g} s", "too slow") from None
+                raise
         said = (folder / "stderr").read_text(errors="replace")
         if (folder / "refused").exists():
             raise Refused(_with_diagnostic((folder / "refused").read_text(), said))

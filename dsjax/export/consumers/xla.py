@@ -15,7 +15,7 @@ from jaxlib import _jax
 from jaxlib.mlir import ir
 
 from dsjax.backend import has_long_rows
-from dsjax.export.consumers.base import Arrays, Refused, new_context, parse, serialise
+from dsjax.export.consumers.base import Arrays, Refused, main_function, new_context, parse, serialise
 from dsjax.export.consumers.collectives import COLLECTIVES
 
 Devices = Sequence[jax.Device]
@@ -55,29 +55,31 @@ def compiled(
 
 def lay_out_rows(module: ir.Module) -> None:
     """Says of every argument with long rows, and of donated ones and what replaces them, that it is row-major."""
-    main: Any = next(op for op in module.body.operations if str(op.operation.attributes["sym_name"]) == '"main"')
-    arguments = [dict(_items(attributes)) for attributes in main.arg_attrs]
-    taken = {ir.IntegerAttr(a["tf.aliasing_output"]).value for a in arguments if "tf.aliasing_output" in a}
-
-    def row_major(type_: Any, kept: dict[str, Any], always: bool) -> ir.Attribute:
-        shape = ir.RankedTensorType(type_).shape
-        if always or has_long_rows(shape):
-            order = ",".join(str(axis) for axis in reversed(range(len(shape))))
-            kept["mhlo.layout_mode"] = ir.StringAttr.get(f"{{{order}}}")
-        return ir.DictAttr.get(kept)
-
+    main = main_function(module)
     with module.context:
         inputs, results = main.type.inputs, main.type.results
-        main.arg_attrs = ir.ArrayAttr.get(
-            [row_major(t, a, "tf.aliasing_output" in a) for t, a in zip(inputs, arguments, strict=True)]
-        )
-        main.attributes["res_attrs"] = ir.ArrayAttr.get(
-            [row_major(t, {}, True) if i in taken else ir.DictAttr.get({}) for i, t in enumerate(results)]
-        )
+        arguments = _attributes(main, "arg_attrs", len(inputs))
+        taken = {ir.IntegerAttr(a["tf.aliasing_output"]).value for a in arguments if "tf.aliasing_output" in a}
+        for kind, kept in zip(inputs, arguments, strict=True):
+            if "tf.aliasing_output" in kept or has_long_rows(ir.RankedTensorType(kind).shape):
+                kept |= _row_major(kind)
+        given = _attributes(main, "res_attrs", len(results))
+        for i in taken:
+            given[i] |= _row_major(results[i])
+        for key, each in (("arg_attrs", arguments), ("res_attrs", given)):
+            main.attributes[key] = ir.ArrayAttr.get([ir.DictAttr.get(kept) for kept in each])
 
 
-def _items(attributes: Any) -> list[tuple[str, Any]]:
-    return [(named.name, named.attr) for named in attributes]
+def _attributes(main: Any, key: str, count: int) -> list[dict[str, Any]]:
+    """The attributes of a function's arguments or results; a function without any has no such list."""
+    if key not in main.attributes:
+        return [{} for _ in range(count)]
+    return [{named.name: named.attr for named in each} for each in main.attributes[key]]
+
+
+def _row_major(kind: Any) -> dict[str, Any]:
+    order = ",".join(str(axis) for axis in reversed(range(ir.RankedTensorType(kind).rank)))
+    return {"mhlo.layout_mode": ir.StringAttr.get(f"{{{order}}}")}
 
 
 def run(device: jax.Device, module: bytes, arguments: Arrays, options: Mapping[str, Any]) -> Arrays:
@@ -111,16 +113,18 @@ def _across(devices: Devices, parts: Sequence[np.ndarray]) -> jax.Array:
 
 
 def as_replica(modules: Sequence[bytes]) -> bytes | None:
-    """The one program that all ranks run, as a replica's, or None if theirs differ.
+    """The one program that all ranks run, as a replica's, or None if theirs differ."""
+    return None if any(module != modules[0] for module in modules) else to_replica(modules[0])
+
+
+def to_replica(code: bytes) -> bytes:
+    """A rank's program as a replica's.
 
     A rank's collectives name the partitions of one program. XLA partitions only what is annotated for it, so here the
     same ranks are replicas of a program: collectives lose their channel, and a rank's number is the replica's.
     """
-    if any(module != modules[0] for module in modules):
-        return None
-    context = new_context()
-    module = parse(modules[0], context)
-    with context, ir.Location.unknown():
+    module = parse(code, new_context())
+    with module.context, ir.Location.unknown():
         for function in module.body.operations:
             for block in function.regions[0].blocks:
                 _to_replica(block)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-_PARTS = ("arrays", "errors", "ranks", "verify")
+_PARTS = ("arrays", "errors", "ranks", "manifest", "verify")
 
 
 def _imports(nodes: list[ast.Import | ast.ImportFrom]) -> str:

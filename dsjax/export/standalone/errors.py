@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,16 @@ def float_errors(golden: np.ndarray, candidate: np.ndarray) -> dict[str, float]:
         "cosine": ab / math.sqrt(aa) / math.sqrt(bb) if aa and bb else math.nan,
         "pcc": xy / math.sqrt(xx) / math.sqrt(yy) if varies else math.nan,
     }
+
+
+def row_errors(golden: np.ndarray, candidate: np.ndarray) -> list[float]:
+    """||a - b|| / ||a|| of each row of the last axis, of those that are finite in both."""
+    size, found = golden.shape[-1], []
+    for a, b in zip(golden.reshape(-1, size), candidate.reshape(-1, size)):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        if np.isfinite(x).all() and np.isfinite(y).all():
+            found.append(_ratio(float(np.linalg.norm(x - y)), float(np.linalg.norm(x))))
+    return found
 
 
 def _top(x: np.ndarray, k: int) -> np.ndarray:
@@ -127,7 +138,8 @@ def judge(
 
     Args:
       candidate: None if there is none.
-      bound, strict: limits of the error, None for no verdict.
+      bound, strict: limits of the error, None for no verdict: the error is told, not judged. 0 asks for equality.
+        A result that is missing, of another shape or kind, or with another NaN or Inf fails in any case.
       spread: `distance` of ranks that should hold the same.
     """
     row: dict[str, Any] = {"name": name, "dtype": golden.code, "shape": list(golden.shape), "error": math.inf}
@@ -149,11 +161,13 @@ def judge(
                 row["error"] = math.inf if problems else max(row["max_relative"], row["norm"], spread)
                 if a.ndim and a.size and re.search(r"(^|[^a-z])logits$", name):
                     row["logits"] = logits_errors(a, b)
+                    rows = row_errors(a, b)
+                    row["median_row"] = statistics.median(rows) if rows else math.nan
             else:
                 unequal = distance(a, b)
                 row.update(equal_share=1 - unequal, error=max(unequal, spread))
     if spread:
         row["rank_difference"] = spread
     for verdict, limit in (("within_bound", bound), ("within_strict", strict)):
-        row[verdict] = None if limit is None else not problems and row["error"] <= limit
+        row[verdict] = False if problems else None if limit is None else row["error"] <= limit
     return {**row, "strict_bound": strict, "problems": problems}

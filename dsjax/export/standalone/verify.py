@@ -5,7 +5,7 @@ Needs Python 3.9 and NumPy, nothing else; every bundle holds a copy of this file
 
 CANDIDATE is a folder with, for each golden, `<golden>/outputs.safetensors` or `.npz`: arrays under the names that the
 golden's outputs have. Of a program that is split over ranks, `<golden>/rank<r>/outputs.*` may hold each rank's own
-results instead. Errors of a result, with a = golden and b = candidate:
+results; these are judged where there are both. Errors of a result, with a = golden and b = candidate:
 
   max relative   max |a - b| / max |a|                   norm   ||a - b|| / ||a||
   mean relative  mean |a - b| / mean |a|                 cosine, PCC
@@ -13,8 +13,9 @@ results instead. Errors of a result, with a = golden and b = candidate:
   of integers and codes: the share of elements that are not equal
 
 A result is within a bound if both its max relative and its norm error are (integers: the share of unequal ones).
-There are two verdicts: at --bound (5%), and at the golden's own strict bound (tolerance.json). Codes (uint8) have a
-strict verdict only where tolerance.json gives one.
+There are two verdicts: at --bound (5%), and at the golden's own strict bound. Codes (uint8) have a strict verdict only
+where tolerance.json gives one. Where that says {"bound": null} the errors are told, not judged (of logits also the
+median over rows of ||a - b|| / ||a||), but a NaN or another shape fails; {"bound": 0, "strict": 0} asks for equality.
 
 Exit status: 0 passed, 1 negative verdict (of the bound; of both with --gate strict), 2 bad input.
 """
@@ -23,141 +24,121 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsjax.export.standalone.arrays import BadInput, Stored, find_arrays, read_arrays, read_json
 from dsjax.export.standalone.errors import judge, strict_bound
+from dsjax.export.standalone.manifest import SCHEMA, check_files, places_of, read_manifest
 from dsjax.export.standalone.ranks import Places, assemble, rank_order
 
-SCHEMA = 1
 STRICT = 1e-5
 GATES = ("bound", "strict")
+VERDICTS = ("within_bound", "within_strict")
 
 
-def read_manifest(bundle: Path) -> dict[str, Any]:
-    """A bundle's manifest.json, of a schema that this file knows."""
-    path = bundle / "manifest.json"
-    manifest = read_json(path)
-    schema = manifest.get("schema")
-    if type(schema) is not int or schema < 1:
-        raise BadInput(f"{path}: expected an integer schema, found {str(schema)[:40]!r}")
-    if schema > SCHEMA:
-        raise BadInput(f"{path}: expected a bundle of schema {SCHEMA}, found {schema}: use that bundle's own verify.py")
-    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("modules"), list):
-        raise BadInput(f"{path}: expected files and modules, found none")
-    return manifest
+class Golden(NamedTuple):
+    """What a program's results are held against."""
+
+    name: str
+    expected: dict[str, Stored]
+    limits: dict[str, tuple[float | None, float | None]]  # by result, its bound and its strict bound
+    places: Places
+    bound: float
+    problems: list[str]  # of the golden itself
 
 
-def check_files(bundle: Path, files: Mapping[str, Any]) -> dict[str, str]:
-    """By file, how it differs from what the manifest says."""
-    found = {}
-    for name, entry in files.items():
-        if name.startswith("/") or "\\" in name or ".." in name.split("/") or not isinstance(entry, dict):
-            raise BadInput(
-                f"{bundle / 'manifest.json'}: files: {name[:80]!r}: expected a file in the bundle and its hash"
-            )
-        digest, size = hashlib.sha256(), 0
-        try:
-            with open(bundle / name, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    size += len(block)
-        except OSError as e:
-            found[name] = f"cannot be read: {e.strerror}"
-            continue
-        if size != entry.get("bytes"):
-            found[name] = f"expected {entry.get('bytes')} bytes, found {size}"
-        elif digest.hexdigest() != entry.get("sha256"):
-            found[name] = "changed: its SHA-256 is not the manifest's"
-    return found
+class Found(NamedTuple):
+    """What somebody gives for a golden: whole results, also those made of ranks' parts, and how far ranks differ."""
+
+    source: str
+    results: dict[str, Stored]
+    shards: dict[int, dict[str, Stored]]
+    spread: dict[str, float]
+    problems: list[str]
+
+
+def _limit(value: Any) -> float | None:
+    """A bound of tolerance.json."""
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value < 1e30:
+        raise ValueError
+    return float(value)
 
 
 def _limits(entry: Any, golden: Stored, bound: float, path: Path) -> tuple[float | None, float | None]:
-    """A result's bound and strict bound, as tolerance.json has them: a null is no verdict."""
+    """A result's bound and strict bound, as tolerance.json has them: a null is no verdict, 0 asks for equality."""
     try:
-        strict = entry.get("strict", strict_bound(golden, STRICT))
-        return bound if entry.get("bound", bound) is not None else None, None if strict is None else float(strict)
-    except (AttributeError, TypeError, ValueError):
-        raise BadInput(f"{path}: expected an object with a strict bound, found {str(entry)[:80]}") from None
+        own = _limit(entry.get("bound", bound))
+        strict = _limit(entry.get("strict", None if own is None else strict_bound(golden, STRICT)))
+    except (AttributeError, ValueError):
+        raise BadInput(f"{path}: expected bounds, numbers or null, found {str(entry)[:80]}") from None
+    return None if own is None else min(bound, own), strict
 
 
-def _places(modules: Sequence[Mapping[str, Any]], expected: Mapping[str, Stored], path: Path) -> Places:
-    """By rank, the part that it holds of each result."""
-    places: dict[int, dict[str, tuple[slice, ...]]] = {}
-    try:
-        for module in modules:
-            if module.get("rank") is None:
-                continue
-            parts = places.setdefault(int(module["rank"]), {})
-            for result in module["results"]:
-                name, shape = result["name"], expected[result["name"]].shape
-                part = [[0, n] for n in shape] if result.get("slice") is None else result["slice"]
-                if len(part) != len(shape) or any(not 0 <= i <= j <= n for (i, j), n in zip(part, shape)):
-                    raise ValueError(f"{name}: slice {part} of {list(shape)}")
-                parts[name] = tuple(slice(i, j) for i, j in part)
-    except (KeyError, TypeError, ValueError) as e:
-        raise BadInput(f"{path}: modules: expected ranks' results and slices, found: {e}") from None
-    return dict(sorted(places.items()))
+def read_golden(bundle: Path, golden: str, modules: Sequence[Mapping[str, Any]], bound: float) -> Golden:
+    """One golden, by the manifest's entries of the modules that give its results.
 
-
-class Found:
-    """What a candidate gives for one golden: whole results, also those made of its ranks' parts."""
-
-    def __init__(self, folder: Path, expected: Mapping[str, Stored], places: Places) -> None:
-        self.source, self.problems, self.spread = "whole results", [], dict.fromkeys(expected, 0.0)
-        self.results = find_arrays(folder) or {}
-        self.shards: dict[int, dict[str, Stored]] = {}
-        if self.results:
-            fit = {n: a for n, a in self.results.items() if n in expected and a.shape == expected[n].shape}
-            for rank, parts in places.items():
-                self.shards[rank] = {n: Stored(a.raw[parts[n]], a.code) for n, a in fit.items() if n in parts}
-            return
-        by_rank = {rank: find_arrays(folder / f"rank{rank}") for rank in places}
-        missing = [str(rank) for rank, arrays in by_rank.items() if arrays is None]
-        if len(missing) == len(by_rank):
-            self.problems = [f"no results: expected {folder / 'outputs.safetensors'} or .npz"]
-        elif missing:
-            self.problems = [f"no results of ranks {', '.join(missing)}"]
-        else:
-            self.source = f"{len(by_rank)} ranks"
-            self.shards = {rank: arrays for rank, arrays in by_rank.items() if arrays is not None}
-            for name, golden in expected.items():
-                whole, self.spread[name], problems = assemble(name, golden, self.shards, places)
-                self.problems += problems
-                if whole is not None:
-                    self.results[name] = whole
-
-
-def compare_golden(
-    bundle: Path, candidate: Path, golden: str, modules: Sequence[Mapping[str, Any]], bound: float
-) -> dict[str, Any]:
-    """All results of one golden, whole or by rank: rows of `judge`, problems and notes."""
-    path, name = bundle / golden, golden.split("/", 1)[-1]
+    Raises:
+      BadInput: of a damaged file.
+    """
+    path = bundle / golden
     expected = read_arrays(path / "outputs.safetensors")
     tolerance = read_json(path / "tolerance.json") if (path / "tolerance.json").exists() else {}
     limits = {n: _limits(tolerance.get(n, {}), g, bound, path / "tolerance.json") for n, g in expected.items()}
-    places = _places(modules, expected, bundle / "manifest.json")
-    folder = next((f for f in (candidate / name, candidate / golden) if f.is_dir()), candidate / name)
-    found = Found(folder, expected, places)
-    results = [judge(n, g, found.results.get(n), *limits[n], found.spread[n]) for n, g in expected.items()]
-    problems, notes = (
-        found.problems,
-        [f"{n}: the golden has no such result" for n in found.results if n not in expected],
-    )
+    given = {result["name"]: None for module in modules for result in module["results"]}
+    problems = [f"{n}: modules give this result, the golden has none" for n in given if n not in expected]
+    problems += [f"{n}: the golden has this result, modules give none" for n in expected if n not in given]
+    problems += [] if given or expected else ["expected results, found none in the golden, none of modules"]
+    places = places_of(modules, expected, bundle / "manifest.json")
+    return Golden(golden[7:], expected, limits, places, bound, problems)
+
+
+def find(folder: Path, golden: Golden) -> Found:
+    """The results in a candidate's folder: of ranks where there are such folders, else whole ones."""
+    places, expected = golden.places, golden.expected
+    spread = dict.fromkeys(expected, 0.0)
+    by_rank = {rank: find_arrays(folder / f"rank{rank}") for rank in places}
+    shards = {rank: arrays for rank, arrays in by_rank.items() if arrays is not None}
+    if not shards:
+        whole = find_arrays(folder) or {}
+        fit = {n: a for n, a in whole.items() if n in expected and a.shape == expected[n].shape}
+        for rank, parts in places.items() if whole else ():
+            shards[rank] = {n: Stored(a.raw[parts[n]], a.code) for n, a in fit.items() if n in parts}
+        none = [f"no results: expected {folder / 'outputs.safetensors'} or .npz"]
+        return Found("whole results", whole, shards, spread, [] if whole else none)
+    missing = [str(rank) for rank in by_rank if rank not in shards]
+    if missing:
+        return Found("whole results", {}, {}, spread, [f"no results of ranks {', '.join(missing)}"])
+    results, problems = {}, []
+    for name, array in expected.items():
+        made, spread[name], wrong = assemble(name, array, shards, places)
+        problems += wrong
+        if made is not None:
+            results[name] = made
+    return Found(f"{len(shards)} ranks", results, shards, spread, problems)
+
+
+def compare(golden: Golden, found: Found) -> dict[str, Any]:
+    """All results of one golden: rows of `judge`, problems, notes and verdicts."""
+    expected, places = golden.expected, golden.places
+    results = [judge(n, g, found.results.get(n), *golden.limits[n], found.spread[n]) for n, g in expected.items()]
+    problems = golden.problems + found.problems
+    notes = [f"{n}: the golden has no such result" for n in found.results if n not in expected]
     if found.shards and any(row["within_bound"] is False for row in results):
-        order = rank_order(expected, found.shards, places, bound)
+        order = rank_order(expected, found.shards, places, golden.bound)
         problems += [order] if order else []
     for row in results:
         if "rank_difference" in row:
             notes.append(f"{row['name']}: ranks differ by {row['rank_difference']:.2g} where they should hold the same")
-    return {"golden": name, "source": found.source, "results": results, "problems": problems, "notes": notes}
+    within = {v: not problems and all(row[v] is not False for row in results) for v in VERDICTS}
+    report = {"golden": golden.name, "source": found.source, "results": results, "problems": problems, "notes": notes}
+    return {**report, **within}
 
 
 def verify(bundle: Path, candidate: Path, bound: float = 0.05, only: str = "*") -> dict[str, Any]:
@@ -172,27 +153,34 @@ def verify(bundle: Path, candidate: Path, bound: float = 0.05, only: str = "*") 
     damaged = check_files(bundle, manifest["files"])
     by_golden: dict[str, list[Any]] = {}
     for module in manifest["modules"]:
-        golden = module.get("golden") if isinstance(module, dict) else ""
-        if golden is not None and not (isinstance(golden, str) and re.fullmatch(r"golden/[\w-][\w.-]*", golden)):
-            raise BadInput(f"{bundle / 'manifest.json'}: modules: expected golden/NAME, found {str(golden)[:80]!r}")
-        if golden is not None and any(fnmatch.fnmatch(golden[7:], pattern) for pattern in only.split(",")):
-            by_golden.setdefault(golden, []).append(module)
-    if not by_golden:
-        raise BadInput(f"{bundle}: expected golden results named {only}, found none")
+        if module.get("golden") is not None:
+            by_golden.setdefault(module["golden"], []).append(module)
+    patterns = only.split(",")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(golden[7:], pattern) for golden in by_golden):
+            raise BadInput(f"{bundle}: expected golden results named {pattern or 'by a pattern'}, found none")
     goldens: list[dict[str, Any]] = []
-    for golden, modules in by_golden.items():
-        bad = [f"{name}: {what}" for name, what in damaged.items() if name.startswith(f"{golden}/")]
+    for path, modules in by_golden.items():
+        name = path[7:]
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            continue
+        bad = [f"{file}: {what}" for file, what in damaged.items() if file.startswith(f"{path}/")]
         if bad:  # numbers that mean nothing
-            goldens.append({"golden": golden[7:], "source": "", "results": [], "problems": bad, "notes": []})
-        else:
-            goldens.append(compare_golden(bundle, candidate, golden, modules, bound))
-    report: dict[str, Any] = {"schema": SCHEMA, "bundle": str(bundle), "candidate": str(candidate), "bound": bound}
-    report["files"] = {"checked": len(manifest["files"]), "problems": damaged}
-    for verdict in ("within_bound", "within_strict"):
-        for one in goldens:
-            one[verdict] = not one["problems"] and all(row[verdict] is not False for row in one["results"])
-        report[verdict] = not damaged and all(one[verdict] for one in goldens)
-    return {**report, "goldens": goldens}
+            report = {"golden": name, "source": "", "results": [], "problems": bad, "notes": []}
+            goldens.append({**report, **dict.fromkeys(VERDICTS, False)})
+            continue
+        golden = read_golden(bundle, path, modules, bound)
+        folder = next((f for f in (candidate / name, candidate / path) if f.is_dir()), candidate / name)
+        goldens.append(compare(golden, find(folder, golden)))
+    return {
+        "schema": SCHEMA,
+        "bundle": str(bundle),
+        "candidate": str(candidate),
+        "bound": bound,
+        "files": {"checked": len(manifest["files"]), "problems": damaged},
+        **{verdict: not damaged and all(one[verdict] for one in goldens) for verdict in VERDICTS},
+        "goldens": goldens,
+    }
 
 
 def plain(value: Any) -> Any:
@@ -207,6 +195,11 @@ def plain(value: Any) -> Any:
 def word(verdict: bool | None) -> str:
     """A verdict as people read it."""
     return "-" if verdict is None else "pass" if verdict else "FAIL"
+
+
+def judged(row: Mapping[str, Any]) -> str:
+    """A result's verdict at the bound; where it has none it is told, not judged."""
+    return "told" if row["within_bound"] is None else word(row["within_bound"])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -237,17 +230,20 @@ def show(report: Mapping[str, Any]) -> None:
         for row in golden["results"]:
             errors = [f"{row[c]:.5g}" if c in row else "-" for c in columns]
             strict = "-" if row["strict_bound"] is None else f"{row['strict_bound']:.1g}"
-            verdicts = [word(row["within_bound"]), word(row["within_strict"]), strict]
+            verdicts = [judged(row), word(row["within_strict"]), strict]
             rows.append([f"{golden['golden']}/{row['name']}", *errors, *verdicts])
             lines += [f"{golden['golden']}/{row['name']}: {p}" for p in row["problems"]]
             if "logits" in row:
-                lines.append(f"{golden['golden']}/{row['name']}: {logits_line(row['logits'])}")
+                median = f"median of rows {row['median_row']:.3g}"
+                lines.append(f"{golden['golden']}/{row['name']}: {logits_line(row['logits'])}; {median}")
         lines += [f"{golden['golden']}: {text}" for text in golden["problems"] + golden["notes"]]
     lines += [f"{name}: {what}" for name, what in report["files"]["problems"].items()]
     print(table(rows), *lines, sep="\n")
     good = report["files"]["checked"] - len(report["files"]["problems"])
     print(f"files: {good} of {report['files']['checked']} as the manifest says")
-    print(f"{bound}: {word(report['within_bound'])}; strict: {word(report['within_strict'])}")
+    told = sum(row["within_bound"] is None for golden in report["goldens"] for row in golden["results"])
+    more = f"; told, not judged: {told} results" if told else ""
+    print(f"{bound}: {word(report['within_bound'])}; strict: {word(report['within_strict'])}{more}")
 
 
 def passes(report: Mapping[str, Any], gate: str) -> bool:
@@ -288,4 +284,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names in files may be any text
     sys.exit(main())
