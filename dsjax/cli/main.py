@@ -191,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
     add_align_flags(p)
     _numerics_flags(p)
+    _mesh_flags(p)
     operator_flags(p)
     p.set_defaults(run=align)
 
