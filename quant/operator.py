@@ -55,7 +55,7 @@ class TracedSink(Sink, Protocol):
 
 @runtime_checkable
 class PlacedSink(Sink, Protocol):
-    """A sink that tells blocks and devices apart."""
+    """A sink that tells blocks and devices apart. Its inputs stay where they are: of calls it sees what they gave."""
 
     def at(self, block: str, device: int) -> Sink:
         """Who is told what happens in a block (`jax.named_scope`, "" in none), on a device of a manual mesh, else 0."""
@@ -256,13 +256,14 @@ class Operator(Generic[P, R]):
         if isinstance(trace.sink, TracedSink):
             trace.sink.traced(self.name, function, inputs)
         if sink := trace.sink:
-            count = len(inputs)
+            given = [] if isinstance(sink, PlacedSink) else inputs  # whole stacks of weights are among them
+            count = len(given)
 
             def called(there: Sink, *arrays: Any) -> None:
                 host = [np.asarray(a) for a in arrays]
                 there.call(self.name, host[:count], host[count:])
 
-            _tell(sink, called, *inputs, *outputs)
+            _tell(sink, called, *given, *outputs)
         result: R = jax.tree.unflatten(tree, outputs)
         return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -19,12 +21,15 @@ from helpers import SYNTH_SETTINGS, V32_SETTINGS
 
 from dsjax.align import taps
 from dsjax.checkpoint.load import load
+from dsjax.cli.align import before_jax
 from dsjax.cli.main import main
 from dsjax.export.inventory import inventory
+from dsjax.generate import Engine
 from dsjax.models import family
 from dsjax.numerics import Numerics
 from dsjax.synth import synth_config, synthesise
 from quant.operator import choosing, outlining
+from sharding import parse_plan
 
 Capture = pytest.CaptureFixture[str]
 LENGTH = 6
@@ -169,3 +174,34 @@ def test_refused(v3: Path, tmp_path: Path, capsys: Capture) -> None:
     refused(capsys, [*model, "--taps", tmp_path / "no" / "t.safetensors"], "t.safetensors", "existing folder")
     refused(capsys, ["align", out, out, "--mesh", "ep=2"], "align: expected REFERENCE and CANDIDATE")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.npy"]
+
+
+def test_a_platform_without_callbacks(
+    v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """As xla-cpu-pjrt says it."""
+
+    def score(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("NOT_FOUND: No FFI handler registered for xla_ffi_python_cpu_callback")
+
+    monkeypatch.setattr(Engine, "score", score)
+    flags = ["align", "--model", v3, "--taps", tmp_path / "t.safetensors"]
+    refused(capsys, flags, "platform cpu: expected calls back to the host, for taps, found: NOT_FOUND: No FFI handler")
+
+
+def test_what_taps_ask_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU device beside the platform's, and more threads than devices that wait for each other."""
+    monkeypatch.setenv("NPROC", "")
+    monkeypatch.delenv("NPROC")
+    before = jax.config.jax_platforms
+    try:
+        for given, platforms in (("tpu", "tpu,cpu"), ("cuda,cpu", "cuda,cpu"), ("cpu", "cpu"), (None, None)):
+            jax.config.update("jax_platforms", given)
+            before_jax(argparse.Namespace(model=Path("m"), mesh=parse_plan("ep=2,tp=4")))
+            assert jax.config.jax_platforms == platforms
+        assert int(os.environ["NPROC"]) > 2 * 8
+        jax.config.update("jax_platforms", "tpu")
+        before_jax(argparse.Namespace(model=None, mesh=None))
+        assert jax.config.jax_platforms == "tpu"
+    finally:
+        jax.config.update("jax_platforms", before)

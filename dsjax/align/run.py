@@ -142,13 +142,21 @@ def tapped(
       parallel: the mesh that the parameters lie on; one device by default.
 
     Raises:
-      InputError: for a configuration that the checkpoint cannot have.
+      InputError: for a configuration that the checkpoint cannot have, and on a platform that cannot call the host.
     """
     numerics = configuration.numerics.for_checkpoint(config, configuration.weights)
     engine, keeper = Engine(config, params, numerics, parallel=parallel), _Keeper()
-    with choosing(configuration.choices), tapping(keeper):
-        logits, _ = engine.score(tokens)
-    jax.effects_barrier()
+    try:
+        with choosing(configuration.choices), tapping(keeper):
+            logits, _ = engine.score(tokens)
+        jax.effects_barrier()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as e:
+        if "callback" not in str(e).lower():
+            raise
+        found = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"platform {engine.platform}: expected calls back to the host, for taps, found: {found}"
+        ) from None
     return {**arrays(keeper.whole()), "logits": logits}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--common", action="store_true", help="compare what both have; default: a missing result fails")
     p.add_argument("--report", type=Path, metavar="FILE.json", help="also write the whole report here")
     p.add_argument("--plot", type=Path, metavar="FILE.html|.svg", help="errors in the order of calls")
+
+
+def before_jax(options: argparse.Namespace) -> None:
+    """What taps need that has to be said before JAX starts.
+
+    A CPU device, which they pass through; on a mesh of CPUs threads for them beside those that wait for each other,
+    without which XLA:CPU hangs.
+    """
+    if options.model is None:
+        return
+    platforms: str | None = jax.config.read("jax_platforms")
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
+    if options.mesh is not None:
+        os.environ.setdefault("NPROC", str(4 * options.mesh.devices + (os.cpu_count() or 1)))
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
