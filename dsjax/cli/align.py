@@ -57,7 +57,7 @@ def before_jax(options: argparse.Namespace) -> None:
     """
     if options.model is None:
         return
-    platforms: str | None = jax.config.read("jax_platforms")
+    platforms: str | None = jax.config.values["jax_platforms"]
     if platforms and "cpu" not in platforms.split(","):
         jax.config.update("jax_platforms", f"{platforms},cpu")
     if options.mesh is not None:
