@@ -189,7 +189,7 @@ def test_a_platform_without_callbacks(
     refused(capsys, flags, "platform cpu: expected calls back to the host, for taps, found: NOT_FOUND: No FFI handler")
 
 
-def test_what_taps_ask_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_taps_ask_of_jax(v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """A CPU device beside the platform's, and more threads than devices that wait for each other."""
     monkeypatch.setenv("NPROC", "")
     monkeypatch.delenv("NPROC")
@@ -203,5 +203,9 @@ def test_what_taps_ask_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
         jax.config.update("jax_platforms", "tpu")
         before_jax(argparse.Namespace(model=None, mesh=None))
         assert jax.config.jax_platforms == "tpu"
+        jax.config.update("jax_platforms", "nosuchchip,cpu")  # JAX would take the CPU without a word
+        refused(
+            capsys, ["align", "--model", v3, "--taps", tmp_path / "t.safetensors"], "--platform nosuchchip: expected"
+        )
     finally:
         jax.config.update("jax_platforms", before)

@@ -64,6 +64,15 @@ def before_jax(options: argparse.Namespace) -> None:
         os.environ.setdefault("NPROC", str(4 * options.mesh.devices + (os.cpu_count() or 1)))
 
 
+def _check_platform() -> None:
+    """Refuses to run on the CPU instead: of a list of platforms JAX takes the first that it finds."""
+    platform = (jax.config.values["jax_platforms"] or "").split(",")[0]
+    try:
+        jax.devices(platform or None)
+    except RuntimeError as e:
+        raise InputError(f"--platform {platform}: expected a platform with a device, found none: {e}") from None
+
+
 def _check_outputs(options: argparse.Namespace) -> None:
     """Refuses files that cannot be written, before the work."""
     given = [path for path in (options.taps, options.report, options.plot) if path is not None]
@@ -101,6 +110,7 @@ def align(options: argparse.Namespace) -> int:
         if any(given) or (options.against is None) == (options.taps is None):
             raise InputError("--model: expected with --against or --taps and without files, found otherwise")
         _check_outputs(options)
+        _check_platform()
         return _two_configurations(options) if options.taps is None else _one_run(options)
     if None in given or options.against or options.taps or options.mesh:
         raise InputError("align: expected REFERENCE and CANDIDATE, or --model and --against or --taps")
