@@ -67,11 +67,6 @@ def describe(variant: str, platform: str) -> str:
     return f"{FORM}: {form_of(platform)}" if variant == FORM else variant
 
 
-def chosen(platform: str) -> dict[str, str]:
-    """The variant of every operator that a program for this platform takes, traced here."""
-    return {operator.name: describe(operator.chosen_for(platform), platform) for operator in operators()}
-
-
 def report(platform: str) -> dict[str, str]:
     """What a run should say of its operators: those with another variant than the first; all on a plugin's platform."""
     variants = {operator.name: operator.chosen_for(platform) for operator in operators()}

@@ -12,13 +12,16 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import io_callback
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.source_info_util import current_name_stack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +51,14 @@ class TracedSink(Sink, Protocol):
 
     def traced(self, operator: str, function: Callable[..., list[jax.Array]], inputs: Sequence[Any]) -> None:
         """A call of an operator is traced: a function of arrays like these inputs, which holds nothing else of it."""
+
+
+@runtime_checkable
+class PlacedSink(Sink, Protocol):
+    """A sink that tells blocks and devices apart. Its inputs stay where they are: of calls it sees what they gave."""
+
+    def at(self, block: str, device: int) -> Sink:
+        """Who is told what happens in a block (`jax.named_scope`, "" in none), on a device of a manual mesh, else 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +119,11 @@ def outlining() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tapping(sink: Sink) -> Iterator[None]:
-    """The sink sees every call of an operator, and every layer; on one device, and not under `jax.grad`."""
+    """The sink sees every call of an operator, and every layer; not under `jax.grad`.
+
+    On a mesh it sees whole arrays of programs that XLA partitions; of a manual body each device's part, which only a
+    `PlacedSink` can tell from those of others.
+    """
     with _with(sink=sink):
         yield
 
@@ -116,7 +131,19 @@ def tapping(sink: Sink) -> Iterator[None]:
 def enter_layer(number: Any) -> None:
     """Tells the sink that what follows is of this layer, int or int32 []; negative for none. Nothing without one."""
     if sink := _trace.value.sink:
-        io_callback(lambda n: sink.layer(int(n)), None, jnp.asarray(number, jnp.int32), ordered=True)
+        _tell(sink, lambda there, n: there.layer(int(n)), jnp.asarray(number, jnp.int32))
+
+
+def _tell(sink: Sink, say: Callable[..., None], *arrays: Any) -> None:
+    """Calls `say(sink, *arrays)` on the host, in the program's order, which is each device's own."""
+    block, mesh = str(current_name_stack()), jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.axis_names if axis in mesh.manual_axes)
+    device = lax.axis_index(axes) if axes else jnp.zeros((), jnp.int32)
+
+    def told(device: Any, *arrays: Any) -> None:
+        say(sink.at(block, int(device)) if isinstance(sink, PlacedSink) else sink, *arrays)
+
+    io_callback(told, None, device, *arrays, ordered=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +169,13 @@ class Operator(Generic[P, R]):
     Attributes:
       name: in the field's terms.
       variants: by name.
-      platforms: the variant that a platform takes where that is not the first.
+      platforms: the variant that a platform takes where that is not the first; `take` adds to it.
     """
 
-    def __init__(self, name: str, body: Callable[P, R], first: str, platforms: Mapping[str, str]) -> None:
+    def __init__(self, name: str, body: Callable[P, R], first: str) -> None:
         functools.update_wrapper(self, body)
         self.name = name
-        self.platforms = dict(platforms)
+        self.platforms: Mapping[str, str] = MappingProxyType({})
         self.variants = {first: Variant(first, body, 0.0, (body.__doc__ or name).strip().splitlines()[0])}
 
     def variant(
@@ -167,17 +194,30 @@ class Operator(Generic[P, R]):
         """
         if name in self.variants:
             raise ValueError(f"operator {self.name}: variant {name} exists already")
-        for platform in platforms:
-            if platform in self.platforms:
-                raise ValueError(f"operator {self.name}: {platform} takes variant {self.platforms[platform]} already")
+        self._check_free(name, platforms)
 
         def register(body: Callable[..., R]) -> Callable[..., R]:
             line = says or (body.__doc__ or name).strip().splitlines()[0]
             self.variants[name] = Variant(name, body, bound, line)
-            self.platforms.update(dict.fromkeys(platforms, name))
+            self.take(name, *platforms)
             return body
 
         return register
+
+    def take(self, variant: str, *platforms: str) -> None:
+        """Makes a variant these platforms' default; to be said before a program for one is traced.
+
+        Raises:
+          ValueError: if there is no such variant, or another one that one of the platforms takes.
+        """
+        self.check(variant)
+        self._check_free(variant, platforms)
+        self.platforms = MappingProxyType({**self.platforms, **dict.fromkeys(platforms, variant)})
+
+    def _check_free(self, variant: str, platforms: Sequence[str]) -> None:
+        for platform in platforms:
+            if self.platforms.get(platform, variant) != variant:
+                raise ValueError(f"operator {self.name}: {platform} takes variant {self.platforms[platform]} already")
 
     def check(self, variant: str) -> None:
         """Raises ValueError if there is no such variant."""
@@ -216,14 +256,14 @@ class Operator(Generic[P, R]):
         if isinstance(trace.sink, TracedSink):
             trace.sink.traced(self.name, function, inputs)
         if sink := trace.sink:
-            count = len(inputs)
-            io_callback(
-                lambda *a: sink.call(self.name, [np.asarray(x) for x in a[:count]], [np.asarray(x) for x in a[count:]]),
-                None,
-                *inputs,
-                *outputs,
-                ordered=True,
-            )
+            given = [] if isinstance(sink, PlacedSink) else inputs  # whole stacks of weights are among them
+            count = len(given)
+
+            def called(there: Sink, *arrays: Any) -> None:
+                host = [np.asarray(a) for a in arrays]
+                there.call(self.name, host[:count], host[count:])
+
+            _tell(sink, called, *given, *outputs)
         result: R = jax.tree.unflatten(tree, outputs)
         return result
 
@@ -263,21 +303,18 @@ OPERATORS: dict[str, Operator[Any, Any]] = {}
 """Every operator by name, in the order in which their modules are imported."""
 
 
-def operator(
-    name: str, *, first: str = "lax", platforms: Mapping[str, str] | None = None
-) -> Callable[[Callable[P, R]], Operator[P, R]]:
+def operator(name: str, *, first: str = "lax") -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Makes the decorated function an operator, and its body the first variant.
 
     Args:
       name: not taken yet.
       first: name of that variant.
-      platforms: the variant that a platform takes where that is not the first.
     """
 
     def make(body: Callable[P, R]) -> Operator[P, R]:
         if name in OPERATORS:
             raise ValueError(f"operator {name} exists already")
-        made = OPERATORS[name] = Operator(name, body, first, platforms or {})
+        made = OPERATORS[name] = Operator(name, body, first)
         return made
 
     return make

@@ -25,7 +25,7 @@ from dsjax.layers.rope import rope, rope_table
 from dsjax.layers.top_k import top_k
 from dsjax.models import family
 from dsjax.numerics import Numerics
-from dsjax.operators import check_choices, chosen, listing, named_platforms, operators, report
+from dsjax.operators import check_choices, listing, named_platforms, operators, report
 from quant import E2M1, E4M3, INT8, WHOLE, act_quant_int8, block_scaled_dot, dequantise, quantise
 from quant.grouped import sort_assignments
 from quant.operator import OPERATORS, VariantError, choosing, current, find, outlining
@@ -36,7 +36,7 @@ REST = 1e-7  # beside a bound: what one more rounding of a float32 result may do
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Variants and defaults that a test adds are gone after it."""
-    before = {o.name: (dict(o.variants), dict(o.platforms)) for o in operators()}
+    before = {o.name: (dict(o.variants), o.platforms) for o in operators()}
     yield
     for o in operators():
         o.variants, o.platforms = before[o.name]
@@ -77,7 +77,8 @@ def test_forms_are_told_as_what_they_mean() -> None:
     told = {"cpu": "form: fused", "cuda": "form: fused", "tpu": "form: tiled", "generic": "form: tiled"}
     assert dot["platforms"] == told and dot["chosen"] == "form: tiled"
     with choosing({"block_scaled_dot": "fused"}):
-        assert chosen("tpu")["block_scaled_dot"] == "fused" and chosen("tpu")["int8_dot"] == "form: tiled"
+        chosen = {o["name"]: o["chosen"] for o in listing(named_platforms(), "tpu")}
+        assert chosen["block_scaled_dot"] == "fused" and chosen["int8_dot"] == "form: tiled"
         assert report("tpu") == {"block_scaled_dot": "fused"}
 
 
@@ -94,6 +95,19 @@ def test_a_plugin_s_platform_reports_all_and_takes_what_was_registered_for_it(re
     with pytest.raises(ValueError, match="operator rms_norm: mychip takes variant mychip already"):
         rms_norm.variant("other", bound=0.0, platforms=["mychip"])
     assert "other" not in rms_norm.variants
+
+
+def test_a_platform_takes_a_variant_that_there_is(restored: None) -> None:
+    top_k.take("loop", "mychip", "theirs")
+    top_k.take("loop", "mychip")  # said twice is no contradiction
+    assert report("mychip")["top_k"] == report("theirs")["top_k"] == "loop" and report("cpu") == {}
+    with pytest.raises(ValueError, match="operator top_k: expected chlo or sort or loop, found lop"):
+        top_k.take("lop", "other")
+    with pytest.raises(ValueError, match="operator top_k: mychip takes variant loop already"):
+        top_k.take("sort", "other", "mychip")
+    with pytest.raises(TypeError):  # unchecked
+        top_k.platforms["other"] = "lop"  # type: ignore[index]
+    assert set(top_k.platforms) == {"mychip", "theirs"}
 
 
 @pytest.mark.parametrize(

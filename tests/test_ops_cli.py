@@ -41,7 +41,7 @@ def norm(x, gain, eps):
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     """Variants, defaults and the compilation cache are as before after every test."""
-    before = {o.name: (dict(o.variants), dict(o.platforms)) for o in operators()}
+    before = {o.name: (dict(o.variants), o.platforms) for o in operators()}
     yield
     for o in operators():
         o.variants, o.platforms = before[o.name]
@@ -171,6 +171,10 @@ MODULES = {
     "name taken": (
         "from quant.operator import find\n@find('top_k').variant('loop', bound=0.0)\ndef f(x, k): return x",
         "ValueError: operator top_k: variant loop exists already",
+    ),
+    "no such variant": (
+        "from quant.operator import find\nfind('top_k').take('lop', 'mychip')",
+        "ValueError: operator top_k: expected chlo or sort or loop, found lop",
     ),
     "unknown operator": ("from quant.operator import find\nfind('topk')", "ValueError: operator: expected "),
 }

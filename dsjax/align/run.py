@@ -1,4 +1,4 @@
-"""Two configurations of one model, run on the same tokens, every operator tapped."""
+"""One configuration of a model, run with every operator tapped."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.align.taps import Tap, arrays
-from dsjax.backend import compiler_options
 from dsjax.config import Config
 from dsjax.errors import InputError
 from dsjax.export.targets import TARGETS
-from dsjax.models import family
+from dsjax.generate import Engine
 from dsjax.numerics import Numerics
+from dsjax.parallel import Parallel
 from dsjax.params import WEIGHTS, Tree
-from quant.operator import OPERATORS, choosing, tapping
+from quant.operator import OPERATORS, Sink, choosing, tapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,62 +69,95 @@ class Configuration:
         return Configuration(numerics, weights, choices)
 
 
-class _Keeper:
-    """Keeps what every operator gave."""
+@dataclasses.dataclass
+class _Device:
+    """What one device's operators gave."""
 
-    def __init__(self) -> None:
-        self.taps: list[Tap] = []
-        self._layer: int | None = None
-        self._calls = 0
+    taps: list[Tap] = dataclasses.field(default_factory=list)
+    current: int | None = None
+    calls: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Teller:
+    """Tells of one block on one device."""
+
+    block: str
+    device: _Device
 
     def layer(self, number: int) -> None:
-        self._layer = number if number >= 0 else None
+        self.device.current = number if number >= 0 else None
 
     def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         bits = (a.view(jnp.bfloat16) if a.dtype == np.uint16 else a for a in outputs)  # as caches hold bfloat16
-        found = (Tap(self._calls, self._layer, operator, i, a.copy()) for i, a in enumerate(bits))
-        self.taps.extend(found)
-        self._calls += 1
+        order, layer = self.device.calls, self.device.current
+        self.device.taps += [Tap(order, layer, operator, i, a.copy(), self.block) for i, a in enumerate(bits)]
+        self.device.calls += 1
 
 
-def tapped(config: Config, params: Tree, configuration: Configuration, tokens: np.ndarray) -> dict[str, np.ndarray]:
+class _Keeper:
+    """A `PlacedSink` that keeps what every operator gave."""
+
+    def __init__(self) -> None:
+        self.devices: dict[int, _Device] = {}
+
+    def at(self, block: str, device: int) -> Sink:
+        return _Teller(block.replace("/", "+"), self.devices.setdefault(device, _Device()))
+
+    def layer(self, number: int) -> None:
+        self.at("", 0).layer(number)
+
+    def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        self.at("", 0).call(operator, inputs, outputs)
+
+    def whole(self) -> list[Tap]:
+        """Taps of all devices together: values that all have bit for bit once, others with a leading axis of devices.
+
+        Devices run one program, so that their calls are the same, in the same order.
+        """
+        devices = [device.taps for _, device in sorted(self.devices.items())]
+        taps = []
+        for same in zip(*devices, strict=True):
+            values = [tap.value for tap in same]
+            equal = all(v.tobytes() == values[0].tobytes() for v in values[1:])
+            taps.append(dataclasses.replace(same[0], value=values[0] if equal else np.stack(values)))
+        return taps
+
+
+def tapped(
+    config: Config,
+    params: Tree,
+    configuration: Configuration,
+    tokens: np.ndarray,
+    parallel: Parallel | None = None,
+) -> dict[str, np.ndarray]:
     """What every operator gives on these tokens, by tap name, and "logits" of every position, float32 [B, T, V].
+
+    Of a manual mesh's values, those that devices have in parts are [devices, ...] of the parts.
 
     Args:
       config, params: of a checkpoint, held as the configuration says.
-      configuration: how it is run, on one device.
+      configuration: how it is run.
       tokens: int32 [B, T].
+      parallel: the mesh that the parameters lie on; one device by default.
 
     Raises:
-      InputError: for a configuration that the checkpoint cannot have.
+      InputError: for a configuration that the checkpoint cannot have, and on a platform that cannot call the host.
     """
-    device = next(iter(jax.tree.leaves(params)[0].devices()))
-    numerics = configuration.numerics.for_checkpoint(config, configuration.weights).for_platform(device.platform)
-    cache = family(config).new_cache(config, numerics, *tokens.shape)
-    counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    keeper = _Keeper()
-
-    def step(params: object, cache: object, tokens: jax.Array, counts: jax.Array) -> jax.Array:
-        logits: jax.Array = family(config).step(config, numerics, params, cache, tokens, counts, "all")[0]
-        return logits
-
-    with choosing(configuration.choices, device.platform), tapping(keeper):
-        compiled = jax.jit(step, compiler_options=compiler_options(device.platform))
-        logits = np.asarray(compiled(params, cache, jnp.asarray(tokens), counts))
-    jax.effects_barrier()
-    return {**arrays(keeper.taps), "logits": logits}
-
-
-def same_kind(reference: dict[str, np.ndarray], candidate: dict[str, np.ndarray]) -> list[str]:
-    """Drops what the two hold in different forms, such as cached rows as codes and as numbers; the dropped names."""
-
-    def form(array: np.ndarray) -> tuple[object, ...]:
-        return array.shape, jnp.issubdtype(array.dtype, jnp.floating)
-
-    dropped = [n for n in reference if n in candidate and form(reference[n]) != form(candidate[n])]
-    for name in dropped:
-        del reference[name], candidate[name]
-    return dropped
+    numerics = configuration.numerics.for_checkpoint(config, configuration.weights)
+    engine, keeper = Engine(config, params, numerics, parallel=parallel), _Keeper()
+    try:
+        with choosing(configuration.choices), tapping(keeper):
+            logits, _ = engine.score(tokens)
+        jax.effects_barrier()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as e:
+        if "callback" not in str(e).lower():
+            raise
+        found = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"platform {engine.platform}: expected calls back to the host, for taps, found: {found}"
+        ) from None
+    return {**arrays(keeper.whole()), "logits": logits}
 
 
 def random_tokens(config: Config, length: int, seed: int = 0) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from dsjax.align.plot import Point, svg_scatter
+from dsjax.align.taps import parse
 from dsjax.export.standalone.verify import logits_line, percent, table, word
 
 Report = dict[str, Any]
@@ -38,15 +40,42 @@ def _rest(count: int, what: str) -> list[str]:
     return [f"... {count - _ROWS} more {what}, no worse"] if count > _ROWS else []
 
 
+def _not_compared(report: Report) -> list[str]:
+    """What was left out, by operator and with how many results."""
+    lines = []
+    for found, what in (
+        (report["missing"] if report["common"] else [], "of the reference that the candidate lacks"),
+        (report["extra"], "of the candidate that the reference lacks"),
+        (report["unlike"], "held in another form (a shape, parts on a mesh, codes against numbers)"),
+    ):
+        if found:
+            counts = Counter(_operator(name) for name in found)
+            told = ", ".join(f"{operator} {count}" for operator, count in counts.most_common(_ROWS))
+            more = f", and of {len(counts) - _ROWS} others" if len(counts) > _ROWS else ""
+            lines.append(f"not compared: {len(found)} results {what}: {told}{more}")
+    if report["uneven"]:
+        of = Counter(
+            f"{group['operator']} ({group['reference']} and {group['candidate']})" for group in report["uneven"]
+        )
+        places = ", ".join(f"{what} in {count} places" for what, count in of.most_common(_ROWS))
+        lines.append(f"not paired, since not called equally often: {places}")
+    return lines
+
+
+def _operator(name: str) -> str:
+    place = parse(name.rpartition("/")[2])
+    return place.operator if place else name
+
+
 def report_text(report: Report) -> str:
-    """Tables by operator, layer and call, each worst first, then what departs first and the verdicts."""
+    """Tables by operator, block, layer and call, each worst first, what is left out, what departs first, verdicts."""
     bound, rows = percent(report["bound"]), report["results"]
     taps = any(row["order"] is not None for row in rows)
     lines: list[str] = []
     if taps:
         lines += [*_groups(report["operators"], "operator", bound), ""]
-    if report["layers"]:
-        lines += [*_groups(report["layers"], "layer", bound), ""]
+    for groups, by in ((report["blocks"], "block"), (report["layers"], "layer")):
+        lines += [*_groups(groups, by, bound), ""] if groups else []
     columns = ("max_relative", "norm", "mean_relative", "cosine", "pcc", "equal_share")
     shown = [["result", "max rel", "norm", "mean rel", "cosine", "PCC", "equal", bound, "strict"]]
     worst = sorted(rows, key=lambda row: -row["error"])
@@ -56,11 +85,11 @@ def report_text(report: Report) -> str:
     lines += [table(shown), *_rest(len(rows), "results")]
     lines += [f"{row['name']}: {problem}" for row in worst[:_ROWS] for problem in row["problems"]]
     lines += [f"{name}: {logits_line(logits)}" for name, logits in report["logits"].items()]
-    if report["extra"]:
-        lines.append(f"the candidate alone has {len(report['extra'])} results: {', '.join(report['extra'][:4])} ...")
+    lines += _not_compared(report)
     if taps:
-        first = report["first_departure"]
-        lines.append(f"first beyond strict: {first['strict'] or 'none'}; beyond {bound}: {first['bound'] or 'none'}")
+        for what, first in (("first", report["first_departure"]), ("first layer", report["first_layer"])):
+            strict, loose = ("none" if first[v] is None else first[v] for v in ("strict", "bound"))
+            lines.append(f"{what} beyond strict: {strict}; beyond {bound}: {loose}")
     verdicts = f"{bound}: {word(report['within_bound'])}; strict ({report['strict']:.1g}): "
     return "\n".join([*lines, verdicts + word(report["within_strict"])])
 

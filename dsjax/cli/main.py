@@ -15,7 +15,7 @@ import jax
 
 from dsjax.cli import verbs
 from dsjax.cli.align import add_flags as add_align_flags
-from dsjax.cli.align import align
+from dsjax.cli.align import align, before_jax
 from dsjax.cli.chat import chat
 from dsjax.cli.convert import add_flags as add_convert_flags
 from dsjax.cli.convert import convert
@@ -191,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
     add_align_flags(p)
     _numerics_flags(p)
+    _mesh_flags(p)
     operator_flags(p)
     p.set_defaults(run=align)
 
@@ -285,6 +286,8 @@ def _join(options: argparse.Namespace) -> Group | None:
         load_plugin(options.platform, options.platform_plugin)
     if options.platform:
         jax.config.update("jax_platforms", options.platform)
+    if options.run is align:
+        before_jax(options)
     if options.run is chat:
         refuse_many(options, "chat")
     return join(options) if options.run in (verbs.generate, verbs.score, verbs.bench) else None
