@@ -66,7 +66,14 @@ def verify_table(report: Mapping[str, Any]) -> str:
             seconds = f"{r['seconds']:.1f} s" if "seconds" in r else "-"
             rows.append([program, short, r["state"], *shown, *verdicts, seconds])
             lines += [f"{program}: {short}: {text}" for text in _remarks(r)]
-    return "\n".join([table(rows), *lines, f"verdict: {'passed' if report['passed'] else 'FAILED'}"])
+    return "\n".join([table(rows), *lines, f"verdict: {_verdict(report)}"])
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    states = {r["state"] for by_consumer in report["programs"].values() for r in by_consumer.values()}
+    if report["passed"]:
+        return "passed"
+    return "nothing was run" if states <= {"not run"} and not report["problems"] else "FAILED"
 
 
 def _largest(results: list[dict[str, Any]], key: str) -> float | None:

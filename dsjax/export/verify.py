@@ -167,7 +167,8 @@ class _Check:
                 if read.refused or problems:
                     raise Refused(read.refused or problems[0])
             modules = [self.bundle.module_bytes(m) for m in program.modules]
-            if not one.executes or program.golden is None or self.bundle.partitioned:
+            runs = isinstance(one, Jax) if self.bundle.partitioned else one.executes
+            if not runs or program.golden is None:
                 return _compile(self.bundle, program, one, modules)
             given = arguments(self.bundle, program, self.checkpoint)
             estimates = [f.estimate for f in facts if f.estimate is not None]
@@ -178,7 +179,10 @@ class _Check:
                     return {"state": "too slow", "why": f"{total}, beyond --time-limit {self.time_limit:g} s"}
             golden = self._golden(program)
             start = time.perf_counter()
-            ran = _run(one, modules, given)
+            if self.bundle.partitioned and isinstance(one, Jax):
+                ran = one.run_partitioned(modules[0], given[0], self.bundle.ranks)
+            else:
+                ran = _run(one, modules, given)
             seconds = time.perf_counter() - start
             found = _found(program, golden, ran, folder)
         except NoWeights as e:

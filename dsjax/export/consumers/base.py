@@ -20,7 +20,7 @@ class Refused(Exception):
     """A consumer's compiler or runtime does not take a module, or gave up on it; one line says why.
 
     Attributes:
-      state: "refused" or "too slow".
+      state: "refused", "too slow" or "not run".
     """
 
     def __init__(self, message: str, state: str = "refused") -> None:

@@ -9,7 +9,7 @@ import jax
 
 from dsjax.backend import compiler_options
 from dsjax.export.consumers import xla
-from dsjax.export.consumers.base import Arrays, Misread, Ran
+from dsjax.export.consumers.base import Arrays, Misread, Ran, Refused
 from dsjax.export.consumers.lockstep import HOW, as_one_isolated, by_rank
 
 
@@ -42,6 +42,21 @@ class Jax:
         used = devices[: len(modules)]
         results = xla.run_replicas(used, program, arguments, compiler_options(used[0].platform))
         return Ran(results, f"on {len(used)} devices")
+
+    def run_partitioned(self, module: bytes, arguments: Arrays, ranks: int) -> Ran:
+        """A global program on as many devices, split by XLA; results are whole.
+
+        Raises:
+          Refused: as `run` does; and, with the state "not run", where there are too few devices.
+        """
+        devices = jax.local_devices()
+        if len(devices) < ranks:
+            raise Refused(
+                f"a global program: expected {ranks} devices to split it over, found {len(devices)}", "not run"
+            )
+        used = devices[:ranks]
+        results = xla.run_partitioned(used, module, arguments, compiler_options(used[0].platform))
+        return Ran([results], f"split by XLA over {ranks} devices")
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
         """See `Consumer.compile`."""
