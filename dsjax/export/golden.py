@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.backend import compiler_options
+from dsjax.backend import compiler_options, platform_of
 from dsjax.config import V4Config
 from dsjax.export.program import Exporter, Program, Shape, is_draft, step_of
 from dsjax.export.signature import parameters
@@ -58,7 +58,7 @@ def _fed(exporter: Exporter, params: Tree, shape: Shape, tokens: np.ndarray, cou
 
 def options() -> dict[str, Any]:
     """Of the compiler that is there."""
-    return compiler_options(jax.default_backend())
+    return compiler_options(platform_of(jax.local_devices()[0]))
 
 
 def inputs_of(program: Program, params: Tree) -> list[jax.Array]:

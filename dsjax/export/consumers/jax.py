@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dsjax.backend import compiler_options
+from dsjax.backend import compiler_options, platform_of
 from dsjax.export.consumers import xla
 from dsjax.export.consumers.base import Arrays, Misread, Ran, Refused
 from dsjax.export.consumers.lockstep import HOW, as_one_isolated, by_rank
@@ -30,7 +30,7 @@ class Jax:
     def run(self, module: bytes, arguments: Arrays) -> Arrays:
         """See `Consumer.run`."""
         device = jax.local_devices()[0]
-        return xla.run(device, module, arguments, compiler_options(device.platform))
+        return xla.run(device, module, arguments, compiler_options(platform_of(device)))
 
     def run_ranks(self, modules: Sequence[bytes], arguments: Sequence[Arrays]) -> Ran:
         """See `Consumer.run_ranks`: each rank on a device if they run the same program and there are enough."""
@@ -40,7 +40,7 @@ class Jax:
             program, counts = as_one_isolated(modules, self._time_limit)
             return Ran(by_rank(self.run(program, [a for arrays in arguments for a in arrays]), counts), HOW)
         used = devices[: len(modules)]
-        results = xla.run_replicas(used, program, arguments, compiler_options(used[0].platform))
+        results = xla.run_replicas(used, program, arguments, compiler_options(platform_of(used[0])))
         return Ran(results, f"on {len(used)} devices")
 
     def run_partitioned(self, module: bytes, arguments: Arrays, ranks: int) -> Ran:
@@ -55,14 +55,14 @@ class Jax:
                 f"a global program: expected {ranks} devices to split it over, found {len(devices)}", "not run"
             )
         used = devices[:ranks]
-        results = xla.run_partitioned(used, module, arguments, compiler_options(used[0].platform))
+        results = xla.run_partitioned(used, module, arguments, compiler_options(platform_of(used[0])))
         return Ran([results], f"split by XLA over {ranks} devices")
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
         """See `Consumer.compile`."""
         device = jax.local_devices()[0]
         module = modules[0] if len(modules) == 1 else as_one_isolated(modules, self._time_limit)[0]
-        return memory(xla.compiled([device], module, compiler_options(device.platform)))
+        return memory(xla.compiled([device], module, compiler_options(platform_of(device))))
 
 
 def memory(executable: Any) -> dict[str, Any]:
