@@ -124,6 +124,24 @@ def test_choices_that_are_none(pairs: list[tuple[str, str]], message: str) -> No
     assert check_choices([("top_k", "loop"), ("top_k", "loop")]) == {"top_k": "loop"}
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (lambda x: x, r"^rms_norm=wrong: expected a function of what rms_norm takes, found one with "),
+        (lambda x, gain, eps: x[..., :3], r"^rms_norm=wrong: expected float32 \[2, 8\], found float32 \[2, 3\]$"),
+        (lambda x, gain, eps: x.astype(jnp.bfloat16), r"expected float32 \[2, 8\], found bfloat16 \[2, 8\]$"),
+        (lambda x, gain, eps: (x, x), r"found float32 \[2, 8\], float32 \[2, 8\]$"),
+    ],
+)
+def test_a_variant_from_outside_gives_what_the_operator_gives(
+    restored: None, body: Callable[..., Any], said: str
+) -> None:
+    """Another signature, shape, type or structure is told, while the program is traced."""
+    rms_norm.variant("wrong", bound=0.0, says="of a test")(body)
+    with choosing({"rms_norm": "wrong"}), pytest.raises(VariantError, match=said):
+        jax.jit(partial(rms_norm, eps=1e-6)).lower(jnp.ones((2, 8)), jnp.ones(8))
+
+
 # --- variants against the formula, and both against NumPy ------------------------------------------------------------
 
 
