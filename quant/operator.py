@@ -31,7 +31,10 @@ class VariantError(ValueError):
     """A variant cannot compute what it is given. Raised by variants, while a program is traced."""
 
 
-@runtime_checkable
+Tap = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], object]
+"""Takes what a call of an operator was given, and what it gave."""
+
+
 class Sink(Protocol):
     """Where taps go. Called on the host, in the program's order."""
 
@@ -43,11 +46,18 @@ class Sink(Protocol):
 
 
 @runtime_checkable
-class TracedSink(Sink, Protocol):
+class TracedSink(Protocol):
     """A sink that also takes what operators compute, while a program is traced."""
 
-    def traced(self, operator: str, function: Callable[..., list[jax.Array]], inputs: Sequence[Any]) -> None:
-        """A call of an operator is traced: a function of arrays like these inputs, which holds nothing else of it."""
+    def layer(self, number: int) -> None:
+        """As a `Sink`'s."""
+
+    def traced(self, operator: str, function: Callable[..., list[jax.Array]], inputs: Sequence[Any]) -> Tap:
+        """A call of an operator is traced: a function of arrays like these inputs, which holds nothing else of it.
+
+        Returns:
+          What sees that very call whenever it runs.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,7 @@ class _Trace:
     choices: tuple[tuple[str, str], ...] = ()
     platform: str | None = None
     outline: bool = False
-    sink: Sink | None = None
+    sink: Sink | TracedSink | None = None
 
 
 _trace = jax.make_user_context(_Trace())
@@ -107,7 +117,7 @@ def outlining() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tapping(sink: Sink) -> Iterator[None]:
+def tapping(sink: Sink | TracedSink) -> Iterator[None]:
     """The sink sees every call of an operator, and every layer; on one device, and not under `jax.grad`."""
     with _with(sink=sink):
         yield
@@ -213,12 +223,14 @@ class Operator(Generic[P, R]):
                 outputs = jax.jit(outlined, keep_unused=True)(*inputs)
             else:
                 outputs = function(*inputs)
-        if isinstance(trace.sink, TracedSink):
-            trace.sink.traced(self.name, function, inputs)
         if sink := trace.sink:
+            if isinstance(sink, TracedSink):
+                tap: Tap = sink.traced(self.name, function, inputs)
+            else:
+                tap = functools.partial(sink.call, self.name)
             count = len(inputs)
             io_callback(
-                lambda *a: sink.call(self.name, [np.asarray(x) for x in a[:count]], [np.asarray(x) for x in a[count:]]),
+                lambda *a: tap([np.asarray(x) for x in a[:count]], [np.asarray(x) for x in a[count:]]),
                 None,
                 *inputs,
                 *outputs,

@@ -22,8 +22,7 @@ from dsjax.export.account import cost, memory
 from dsjax.export.blocks import Block, blocks
 from dsjax.export.inventory import inventory
 from dsjax.export.lift import lift, mark_aliases
-from dsjax.export.profile import Violation, check
-from dsjax.export.profile import load as load_profile
+from dsjax.export.profile import Profile, Violation, check
 from dsjax.export.program import Exporter, Program, Shape, is_draft
 from dsjax.export.report import write_report
 from dsjax.export.signature import Value
@@ -43,11 +42,11 @@ class Request:
     """What is to be in a bundle.
 
     Attributes:
-      name: of the model: preset or folder.
+      name: of the model, without a path.
       raw: its config.json.
       shapes: programs.
       version: StableHLO's, of the artifacts; None for the lowest that each module can have.
-      profile: name, or None.
+      profile: what compilers take, or None.
       blocks: export each operator alone, too.
       weights: "reference", "copy" or "none".
       checkpoint: folder with weights; None without.
@@ -58,7 +57,7 @@ class Request:
     raw: dict[str, Any]
     shapes: Sequence[Shape]
     version: str | None = None
-    profile: str | None = None
+    profile: Profile | None = None
     blocks: bool = False
     weights: str = "none"
     checkpoint: Path | None = None
@@ -160,10 +159,11 @@ class Writer:
         (self.folder / "modules" / f"{name}.mlir").write_text(text, encoding="utf-8")
         self.minimum[name] = least
 
-    def program(self, program: Program, params: Tree | None) -> None:
-        """Writes one phase: its modules, of every rank, and its goldens.
+    def program(self, program: Program) -> None:
+        """Writes one phase's modules, of every rank.
 
         Raises:
+          InputError: if they cannot be shipped, or not in the version that was asked for.
           ProfileError: if the profile does not allow it.
         """
         exporter, shape, request = self.exporter, program.shape, self.request
@@ -172,27 +172,29 @@ class Writer:
         found = inventory(module, [v.name for v in program.arguments])
         check_shippable(found, program)
         if request.profile is not None:
-            violations = check(load_profile(request.profile), found)
+            violations = check(request.profile, found)
             self.violations[shape.name] = violations
             if any(v.level == "refused" for v in violations):
                 raise ProfileError(violations)
         stripped = artifact.strip(module)
         portable, least = artifact.portable(stripped, request.version, found["minimum_version"])
         self.inventories[shape.name] = found
-        where = None
-        if params is not None:
-            self.say(f"{shape.name}: golden numbers")
-            where = f"golden/{shape.name}"
-            self.golden(where, golden.make(program, params))
+        where = f"golden/{shape.name}" if request.golden != "none" else None
+        text = artifact.text(stripped)
         if not exporter.manual:
-            self._files(shape.name, artifact.text(stripped), portable, least)
+            self._files(shape.name, text, portable, least)
             self.modules.append(_entry(program, shape.name, None, where))
-        else:
-            each = artifact.of_ranks(artifact.text(stripped), request.version or least, exporter.ranks)
-            for rank, files in enumerate(each):
-                name = f"{shape.name}-rank{rank}"
-                self._files(name, *files, least)
-                self.modules.append(_entry(program, name, rank, where))
+            return
+        for rank, files in enumerate(artifact.of_ranks(text, request.version or least, exporter.ranks)):
+            name = f"{shape.name}-rank{rank}"
+            self._files(name, *files, least)
+            self.modules.append(_entry(program, name, rank, where))
+
+    def numbers(self, program: Program, params: Tree) -> None:
+        """Writes one phase's goldens, which all ranks share."""
+        self.say(f"{program.shape.name}: golden numbers")
+        made = golden.make(program, params)
+        self.golden(f"golden/{program.shape.name}", made, golden.tolerances(self.exporter, made.outputs))
 
     def block(self, block: Block) -> None:
         """Writes one operator by itself."""
@@ -201,21 +203,22 @@ class Writer:
         where = None
         if block.numbers is not None:
             where = f"golden/{block.name}"
-            self.golden(where, block.numbers, golden.block_tolerances(block.numbers.outputs))
+            limits = golden.block_tolerances(block.entry["operator"], block.numbers.outputs)
+            self.golden(where, block.numbers, limits)
         self.modules.append(block.entry | {"golden": where})
 
-    def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any] | None = None) -> None:
+    def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any]) -> None:
         """Writes golden inputs, outputs and what outputs may differ by."""
         folder = self.folder / where
         folder.mkdir()
         write_file(folder / "inputs.safetensors", numbers.inputs)
         write_file(folder / "outputs.safetensors", numbers.outputs)
-        bounds = tolerance or golden.tolerances(self.exporter, numbers.outputs)
-        (folder / "tolerance.json").write_text(json.dumps(bounds, indent=1) + "\n", encoding="utf-8")
+        (folder / "tolerance.json").write_text(json.dumps(tolerance, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, programs: Sequence[Program], model: Model) -> dict[str, Any]:
         """Writes everything else, the manifest last."""
-        arguments = self._parameters(programs)
+        places = _places(programs)
+        arguments = [{"index": places[entry["path"]], **entry} for entry in self._parameters(programs)]
         total = sum(a["bytes"] for a in arguments)
         held = [a["checkpoint_bytes"] for a in arguments]
         stored = None if None in held else sum(held)
@@ -263,10 +266,19 @@ class Writer:
             "spmd": exporter.spmd,
             "mesh": mesh,
             "switches": {**exporter.target.choices, **exporter.choices},
-            "profile": request.profile,
+            "profile": request.profile.name if request.profile else None,
             "golden": request.golden,
             "modules": self.modules,
         }
+
+
+def _places(programs: Sequence[Program]) -> dict[str, dict[str, int]]:
+    """By parameter, which argument of each program it is: the draft module's programs take more of them."""
+    found: dict[str, dict[str, int]] = {}
+    for program in programs:
+        for i, value in enumerate(program.arguments):
+            found.setdefault(value.name, {})[program.shape.name] = i
+    return found
 
 
 def _cache(program: Program) -> dict[str, Any]:
@@ -316,18 +328,25 @@ def export(
     """
     check_new_folder(out)
     programs = [exporter.program(shape) for shape in request.shapes]
-    params: Tree | None = None
-    if request.golden != "none":
-        assert request.checkpoint is not None
-        mtp = any(is_draft(shape.phase) for shape in request.shapes)
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        weights_as = exporter.target.weights
-        _, params, _ = load(request.checkpoint, weights=weights_as, mtp=mtp, sharding=single, cut=exporter.cut)
     with new_folder(out) as folder:
         writer = Writer(folder, exporter, request, say)
         for program in programs:
-            writer.program(program, params)
+            writer.program(program)
+        params = _load(exporter, request)  # the first thing that takes long: what is refused has been by now
+        if params is not None:
+            for program in programs:
+                writer.numbers(program, params)
         if request.blocks:
             for block in blocks(programs, params):
                 writer.block(block)
         return writer.finish(programs, model)
+
+
+def _load(exporter: Exporter, request: Request) -> Tree | None:
+    """The checkpoint on one device; None where nothing is computed."""
+    if request.golden == "none":
+        return None
+    assert request.checkpoint is not None
+    mtp = any(is_draft(shape.phase) for shape in request.shapes)
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return load(request.checkpoint, weights=exporter.target.weights, mtp=mtp, sharding=single, cut=exporter.cut)[1]

@@ -23,7 +23,6 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "--moe": ("loop", "ragged", "dense"),
     "--spmd": ("manual", "auto"),
     "--numerics": ("plain", "native"),
-    "--composites": ("off",),
 }
 """What a rule may name as remedy, besides "none"."""
 
@@ -78,7 +77,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A compiler's rules, those of the profiles that it extends last."""
+    """A compiler's rules, those of the profiles that it extends last; a user's file is called without its folder."""
 
     name: str
     title: str
@@ -129,7 +128,7 @@ def _load(name: str, within: tuple[str, ...]) -> Profile:
     _expect(name, isinstance(rules, list) and bool(rules or table.get("extends")), "rules", rules)
     own = [_rule(f"{name}: rule {i + 1}", rule) for i, rule in enumerate(rules)]
     inherited = [r for other in _texts(name, table, "extends") for r in _load(other, (*within, name)).rules]
-    return Profile(name, table["title"], (*own, *inherited), table.get("note", ""))
+    return Profile(Path(name).stem, table["title"], (*own, *inherited), table.get("note", ""))
 
 
 def _read(name: str) -> dict[str, Any]:

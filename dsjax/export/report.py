@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,5 +151,5 @@ def _plot(inventories: dict[str, Any], title: str) -> str:
     for program, found in inventories.items():
         for op, entry in found["operators"].items():
             label = f"{op}: {entry['executed']} a step, {entry['text']} in the text"
-            points.append(Point(names.index(op), float(entry["executed"]), html.escape(program), label))
+            points.append(Point(names.index(op), float(entry["executed"]), program, label))
     return svg_scatter(points, {}, title, "operators of StableHLO, in alphabetical order", "runs a step")
