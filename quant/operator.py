@@ -35,6 +35,7 @@ Tap = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], object]
 """Takes what a call of an operator was given, and what it gave."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where taps go. Called on the host, in the program's order."""
 

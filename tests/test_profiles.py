@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from dsjax.cli.export import add_flags
 from dsjax.errors import InputError
 from dsjax.export.inventory import inventory
 from dsjax.export.profile import SWITCHES, Violation, check, load, names
@@ -129,6 +131,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+REQUIRED = ["--model", "deepseek-v3", "--out", "bundle"]
 RULE = 'reason = "r"\nsource = "s"\ndate = "2026-11"\nswitch = "none"\n'
 
 
@@ -183,6 +186,10 @@ def test_an_unknown_or_circular_profile_is_told(tmp_path: Path) -> None:
 
 
 def test_remedies_are_switches_of_export() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for flag, values in SWITCHES.items():
+        assert all(getattr(parser.parse_args([*REQUIRED, flag, value]), flag[2:]) == value for value in values)
     for name in names():
         for rule in load(name).rules:
             for switch in (rule.switch, *rule.switch_in.values()):

@@ -340,9 +340,12 @@ def artifact_version(artifact: bytes) -> str:
     """The StableHLO version that an artifact's header names.
 
     Raises:
-      InputError: if it is not a portable artifact.
+      InputError: if it is not a portable artifact, or of a newer version than this jaxlib's.
     """
     found = _HEADER.match(artifact)
     if not found:
         raise InputError(f"portable artifact: expected its header (StableHLO_v...), found {artifact[:16]!r}")
-    return found[1].decode()
+    version = found[1].decode()
+    if parse_version(version) > parse_version(current_version()):  # MLIR reads it if it can, whatever the header says
+        raise InputError(f"portable artifact: expected StableHLO {current_version()} or older, found {version}")
+    return version
