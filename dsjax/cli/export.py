@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import jax
 
 from dsjax.cli.common import note, positive, print_json, seed
 from dsjax.cli.ops import operator_flags
+from dsjax.cli.profile import entries, lines
 from dsjax.config import Config, V4Config, load_config, parse_config, read_json_object
 from dsjax.errors import InputError
 from dsjax.export.artifact import check_version
@@ -204,11 +205,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refused(options: argparse.Namespace, error: ProfileError) -> int:
-    lines: Sequence[str] = [str(violation) for violation in error.violations]
-    for line in lines:
+    for line in lines(error.violations):
         note(f"dsjax: profile {options.profile}: {line}")
     if options.json:
-        print_json({"bundle": None, "profile": options.profile, "violations": list(lines)})
+        print_json({"bundle": None, "profile": options.profile, "violations": entries(error.violations)})
     return 1
 
 

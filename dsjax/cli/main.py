@@ -25,6 +25,8 @@ from dsjax.cli.export import run as export
 from dsjax.cli.many import join, process_flags, refuse_many
 from dsjax.cli.ops import choices_of, operator_flags, ops
 from dsjax.cli.plan import plan, size
+from dsjax.cli.profile import add_flags as add_profile_flags
+from dsjax.cli.profile import profile
 from dsjax.cli.verify import add_flags as add_verify_flags
 from dsjax.cli.verify import verify
 from dsjax.errors import InputError
@@ -168,6 +170,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="ranks (default: one device)")
     p.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="settings")
     p.set_defaults(run=export)
+
+    p = commands.add_parser("profile", parents=[result], help="what a compiler takes, and whether a bundle is that")
+    add_profile_flags(p)
+    p.set_defaults(run=profile)
 
     p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
     add_align_flags(p)
@@ -315,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = None
     try:
         options = build_parser().parse_args(arguments)
-        starts = options.run not in (plan, ops)
+        starts = options.run not in (plan, ops, profile)
         group = _join(options) if starts else None
         choices = choices_of(options)
         if starts:

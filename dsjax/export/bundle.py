@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from jaxlib.mlir import ir
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
-from dsjax.export import artifact, golden, weights
-from dsjax.export.account import cost, memory
+from dsjax.export import account, artifact, golden, weights
 from dsjax.export.blocks import Block, blocks
 from dsjax.export.inventory import inventory
 from dsjax.export.lift import lift, mark_aliases
@@ -65,10 +64,10 @@ class Request:
 
 
 class ProfileError(Exception):
-    """A program has what the profile does not allow; `violations` say what, where, and which switch removes it."""
+    """Programs have what the profile does not allow; by program, `violations` say what, where, and what removes it."""
 
-    def __init__(self, violations: Sequence[Violation]) -> None:
-        super().__init__(f"{len(violations)} violations")
+    def __init__(self, violations: Mapping[str, Sequence[Violation]]) -> None:
+        super().__init__(f"{sum(map(len, violations.values()))} violations")
         self.violations = violations
 
 
@@ -224,10 +223,14 @@ class Writer:
         stored = None if None in held else sum(held)
         content = {"schema": SCHEMA, "bytes": total, "checkpoint_bytes": stored, "arguments": arguments}
         self.json("params.json", content)
-        self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: _cache(p) for p in programs}})
+        self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: account.cache(p) for p in programs}})
         self.json("inventory.json", {"schema": SCHEMA, "modules": self.inventories})
-        self.json("memory.json", {"schema": SCHEMA, "modules": {p.shape.name: memory(p, model) for p in programs}})
-        self.json("cost.json", {"schema": SCHEMA, "modules": {p.shape.name: cost(p, model) for p in programs}})
+        for name, notes, count in (
+            ("memory", account.MEMORY_NOTES, account.memory),
+            ("cost", account.COST_NOTES, account.cost),
+        ):
+            found = {p.shape.name: count(p, model) for p in programs}
+            self.json(f"{name}.json", {"schema": SCHEMA, "notes": notes, "modules": found})
         (self.folder / "verify.py").write_text(verify_source(), encoding="utf-8")
         manifest = self._manifest()
         doubts = [str(v) for found in self.violations.values() for v in found]
@@ -279,27 +282,6 @@ def _places(programs: Sequence[Program]) -> dict[str, dict[str, int]]:
         for i, value in enumerate(program.arguments):
             found.setdefault(value.name, {})[program.shape.name] = i
     return found
-
-
-def _cache(program: Program) -> dict[str, Any]:
-    arguments = [
-        {
-            "index": i,
-            "name": v.name,
-            "shape": list(v.spec.shape),
-            "dtype": np.dtype(v.spec.dtype).name,
-            "bytes": v.nbytes,
-            "result": next(r for r, a in program.aliases.items() if a == i),
-        }
-        for i, v in enumerate(program.arguments)
-        if v.kind == "cache"
-    ]
-    rule = (
-        "donated: each result takes the memory of its argument. Arrays are [layers, slots, places, width], but for "
-        "lengths [slots]. length[b] is the only truth about positions: roll back k tokens by subtracting k; an empty "
-        "sequence has length 0, whatever the other arrays hold."
-    )
-    return {"arguments": arguments, "bytes": sum(a["bytes"] for a in arguments), "rule": rule}
 
 
 def _sha256(path: Path) -> str:
