@@ -34,8 +34,8 @@ COST_NOTES = {
     "per_token": "divided by the step's tokens",
 }
 _CAPACITY = (
-    f"length and {SPARE} more for drafts, rounded up: to a multiple of {ROW_BLOCK} if above {ROW_BLOCK}, else to a power "
-    "of two, at least 32. Indexer keys and compressed entries may have more places, for blocks of equal size"
+    f"length and {SPARE} more for drafts, rounded up: to a multiple of {ROW_BLOCK} if above {ROW_BLOCK}, else to a "
+    "power of two, at least 32. Indexer keys and compressed entries may have more places, for blocks of equal size"
 )
 _RULE = (
     "donated: each result takes the memory of its argument. Arrays are [layers, slots, places, width], but for "

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
-from dsjax.export import account, artifact, golden, weights
+from dsjax.export import account, artifact, golden, sites, weights
 from dsjax.export.blocks import Block, blocks
 from dsjax.export.inventory import inventory
 from dsjax.export.lift import lift, mark_aliases
@@ -29,6 +29,7 @@ from dsjax.export.standalone import source as verify_source
 from dsjax.files import check_new_folder, new_folder
 from dsjax.params import Tree
 from dsjax.plan.placement import Model
+from quant.operator import find
 
 SCHEMA = 1
 
@@ -146,6 +147,7 @@ class Writer:
         self.minimum: dict[str, str] = {}
         self.inventories: dict[str, Any] = {}
         self.violations: dict[str, list[Violation]] = {}
+        self.sites: dict[str, list[dict[str, Any]]] = {}
         for name in ("modules", "golden"):
             (folder / name).mkdir()
 
@@ -173,11 +175,12 @@ class Writer:
         if request.profile is not None:
             violations = check(request.profile, found)
             self.violations[shape.name] = violations
-            if any(v.level == "refused" for v in violations):
-                raise ProfileError(violations)
         stripped = artifact.strip(module)
         portable, least = artifact.portable(stripped, request.version, found["minimum_version"])
         self.inventories[shape.name] = found
+        if request.blocks:
+            names = [v.name for v in program.arguments]
+            self.sites[shape.name] = sites.sites(stripped, names, found["functions"])
         where = f"golden/{shape.name}" if request.golden != "none" else None
         text = artifact.text(stripped)
         if not exporter.manual:
@@ -195,6 +198,15 @@ class Writer:
         made = golden.make(program, params)
         self.golden(f"golden/{program.shape.name}", made, golden.tolerances(self.exporter, made.outputs))
 
+    def refuse(self) -> None:
+        """Says at once what the profile refuses of all programs.
+
+        Raises:
+          ProfileError: if there is anything.
+        """
+        if any(v.level == "refused" for found in self.violations.values() for v in found):
+            raise ProfileError(self.violations)
+
     def block(self, block: Block) -> None:
         """Writes one operator by itself."""
         portable, least = artifact.portable(block.module, self.request.version)
@@ -204,7 +216,16 @@ class Writer:
             where = f"golden/{block.name}"
             limits = golden.block_tolerances(block.entry["operator"], block.numbers.outputs)
             self.golden(where, block.numbers, limits)
-        self.modules.append(block.entry | {"golden": where})
+        stands = sites.stands_for(block.module, block.entry["operator"], self.sites)
+        self.modules.append(block.entry | {"golden": where, "stands_for": stands, **self._chosen(block.entry)})
+
+    def _chosen(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """How an operator is computed, and what of the model's config it depends on."""
+        with self.exporter.chosen():
+            operator = find(entry["operator"])
+            variant = operator.variants[operator.chosen]
+        attributes = sites.attributes(entry, self.request.raw)
+        return {"variant": variant.name, "bound": variant.bound, "attributes": attributes}
 
     def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any]) -> None:
         """Writes golden inputs, outputs and what outputs may differ by."""
@@ -233,8 +254,7 @@ class Writer:
             self.json(f"{name}.json", {"schema": SCHEMA, "notes": notes, "modules": found})
         (self.folder / "verify.py").write_text(verify_source(), encoding="utf-8")
         manifest = self._manifest()
-        doubts = [str(v) for found in self.violations.values() for v in found]
-        write_report(self.folder, manifest, sorted(set(doubts)))
+        write_report(self.folder, manifest, self.violations)
         manifest["files"] = {
             str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(self.folder.rglob("*"))
@@ -314,6 +334,7 @@ def export(
         writer = Writer(folder, exporter, request, say)
         for program in programs:
             writer.program(program)
+        writer.refuse()
         params = _load(exporter, request)  # the first thing that takes long: what is refused has been by now
         if params is not None:
             for program in programs:

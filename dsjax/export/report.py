@@ -215,10 +215,9 @@ def _named(inventories: Entries) -> Section:
 
 
 def _symbols(operator: str, functions: Sequence[str]) -> str:
-    """Functions of an operator without what they share: `dsjax.rope`, _4, _26."""
-    numbers = sorted(int(f.rsplit("_", 1)[1]) for f in functions if f != f"dsjax.{operator}")
-    plain = [f"`dsjax.{operator}`"] if f"dsjax.{operator}" in functions else []
-    return ", ".join([*plain, *(f"_{n}" for n in numbers)])
+    """Functions of an operator, the name of the first alone in full: `dsjax.rope`, _4, _26."""
+    endings = sorted((f.removeprefix(f"dsjax.{operator}") for f in functions), key=lambda e: int(e[1:] or -1))
+    return ", ".join([f"`dsjax.{operator}{endings[0]}`", *endings[1:]])
 
 
 def _blocks(manifest: Entries) -> Section:
@@ -230,33 +229,32 @@ def _blocks(manifest: Entries) -> Section:
     for block in found:
         if block["name"].endswith("-edges"):
             continue
-        stands = block.get("stands_for", [])
-        takes = sorted({name for site in stands for names in site["takes"] for name in names})
+        stands = block["stands_for"]
+        takes = sorted({name for site in stands for names in site["takes"].values() for name in names})
         rows.append(
             [
                 f"`{block['name']}`" + (", also `-edges`" if block["name"] in edges else ""),
                 ", ".join(_typed(v) for v in block["arguments"]),
                 ", ".join(_typed(v) for v in block["results"]),
                 sum(site["executed"] for site in stands) if stands else None,
-                "; ".join(_site(program, stands) for program in dict.fromkeys(s["program"] for s in stands)),
+                "; ".join(_site(program, block) for program in dict.fromkeys(s["program"] for s in stands)),
                 ", ".join(f"`{name}`" for name in takes),
-                ", ".join(f"{key}={value}" for key, value in block.get("attributes", {}).items()),
-                block.get("bound"),
+                ", ".join(f"{key}={value}" for key, value in block["attributes"].items()),
+                block["variant"] + (f", within {block['bound']:g} of the formula" if block["bound"] else ""),
             ]
         )
-    head = ["block", "takes", "gives", "runs", "stands for", "with the program's", "of the model", "variant's bound"]
+    head = ["block", "takes", "gives", "runs", "stands for", "with the program's", "of the model", "variant"]
     says = (
         "Operators alone, each with its own inputs and results in `golden/`: `modules/BLOCK.vhlo.bc`. A block stands "
-        "for functions of a program that compute the same; those of a rank's program have other shapes and are not listed. "
+        "for functions of a program that compute the same; those of ranks have other shapes and are not listed. "
         "`manifest.json` says which argument comes in where."
     )
     return Section("Operators by themselves", [says, Table(head, rows)])
 
 
-def _site(program: str, stands: Sequence[Entries]) -> str:
-    functions = [site["function"] for site in stands if site["program"] == program]
-    operator = stands[0]["operator"]
-    return f"{program}: {_symbols(operator, functions)}"
+def _site(program: str, block: Entries) -> str:
+    functions = [site["function"] for site in block["stands_for"] if site["program"] == program]
+    return f"`{program}`: {_symbols(block['operator'], functions)}"
 
 
 def _collectives(inventories: Entries) -> Section:

@@ -109,8 +109,8 @@ def sites(module: ir.Module, names: Sequence[str], counts: Mapping[str, Any]) ->
       counts: `functions` of its inventory.
 
     Returns:
-      `function`, `operator`, `text` and `executed`, how often it is called; `takes`: for each of its inputs the
-      program's arguments that come in there, whole or in part, [] for what was computed; and its `digest`.
+      `function`, `operator`, `text` and `executed`, how often it is called; `takes`: by input (in0, in1, ...) the
+      program's arguments that come in there, whole or in part, without what was computed; and its `digest`.
     """
     walker = _Walker(module)
     walker.function("main", tuple(frozenset([name]) for name in names))
@@ -121,8 +121,63 @@ def sites(module: ir.Module, names: Sequence[str], counts: Mapping[str, Any]) ->
             "operator": operator_name(name),
             "text": counts[name]["text"],
             "executed": counts[name]["executed"],
-            "takes": [sorted(names) for names in takes],
+            "takes": {f"in{i}": sorted(names) for i, names in enumerate(takes) if names},
             "digest": found[name],
         }
         for name, takes in walker.sites.items()
     ]
+
+
+def stands_for(
+    module: ir.Module, operator: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """For a block's entry in the manifest: functions of programs that compute what its `main` does.
+
+    Args:
+      module: the block's.
+      operator: its name.
+      found: `sites` by program.
+    """
+    digest = digests(module)["main"]
+    return [
+        {"program": program, **{key: site[key] for key in ("function", "text", "executed", "takes")}}
+        for program, several in found.items()
+        for site in several
+        if (site["operator"], site["digest"]) == (operator, digest)
+    ]
+
+
+_ROUTING = ("num_experts_per_tok", "n_group", "topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor")
+_STREAMS = ("hc_mult", "hc_sinkhorn_iters", "hc_eps")
+_HEADS = ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_SPARSE = ("num_attention_heads", "head_dim", "sliding_window", "compress_ratios", "index_topk")
+_ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
+    "rms_norm": ("rms_norm_eps",),
+    "head_norm": ("rms_norm_eps",),
+    "moe_gate": _ROUTING,
+    "sqrtsoftplus_gate": _ROUTING,
+    "grouped_matmul": ("num_experts_per_tok", "swiglu_limit"),
+    "swiglu": ("swiglu_limit",),
+    "mla": _HEADS,
+    "sparse_mla": (*_HEADS, "index_topk"),
+    "sparse_attention": _SPARSE,
+    "lightning_indexer": ("index_n_heads", "index_head_dim", "index_topk"),
+    "gqa": ("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+    "compressor": ("compress_ratios", "rms_norm_eps"),
+    "hyper_connection_pre": _STREAMS,
+    "hyper_connection_post": _STREAMS,
+    "hyper_connection_head": _STREAMS,
+}
+"""Keys of config.json that an operator depends on beside its arguments."""
+
+
+def attributes(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the model's config.json a block depends on, as far as it has it; of products with codes the block of a
+    scale."""
+    operator = entry["operator"]
+    found = {key: config[key] for key in _ATTRIBUTES.get(operator, ()) if config.get(key) is not None}
+    block = (config.get("quantization_config") or {}).get("weight_block_size")
+    codes = any(a["dtype"] in ("uint8", "int8") or a["dtype"].startswith("float8") for a in entry["arguments"])
+    if block and codes and operator in ("block_scaled_dot", "grouped_matmul", "mla"):
+        found["weight_block_size"] = block
+    return found
