@@ -161,11 +161,10 @@ class Writer:
         self.minimum[name] = least
 
     def program(self, program: Program) -> None:
-        """Writes one phase's modules, of every rank.
+        """Writes one phase's modules, of every rank, unless the profile refuses them.
 
         Raises:
           InputError: if they cannot be shipped, or not in the version that was asked for.
-          ProfileError: if the profile does not allow it.
         """
         exporter, shape, request = self.exporter, program.shape, self.request
         self.say(f"{shape.name}: lowering")
@@ -175,6 +174,8 @@ class Writer:
         if request.profile is not None:
             violations = check(request.profile, found)
             self.violations[shape.name] = violations
+            if any(v.level == "refused" for v in violations):
+                return  # `refuse` tells, once all programs have been looked at
         stripped = artifact.strip(module)
         portable, least = artifact.portable(stripped, request.version, found["minimum_version"])
         self.inventories[shape.name] = found

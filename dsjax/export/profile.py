@@ -234,10 +234,8 @@ def _place(place: Mapping[str, Any]) -> str:
 
 
 def _violation(rule: Rule, what: str, where: Sequence[str] = ("whole module",), **more: Any) -> Violation:
-    told = {"name": None, "switch": rule.switch} | more
-    where = tuple(dict.fromkeys(where))
-    rest = {"source": rule.source, "reason": rule.reason, "level": rule.level, "date": rule.date}
-    return Violation(kind=rule.kind, what=what, where=where, **rest, **told)
+    told = {key: getattr(rule, key) for key in ("kind", "switch", "source", "reason", "level", "date")}
+    return Violation(**{**told, "name": None, "what": what, "where": tuple(dict.fromkeys(where)), **more})
 
 
 def _counted(rule: Rule, inventory: Mapping[str, Any]) -> Iterator[Violation]:

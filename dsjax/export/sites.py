@@ -25,7 +25,7 @@ _PASSED = {
 
 def functions(module: ir.Module) -> dict[str, Any]:
     """The module's functions by name."""
-    operations = (o.operation for o in module.body.operations)
+    operations: list[Any] = [o.operation for o in module.body.operations]
     return {o.attributes["sym_name"].value: o for o in operations if o.name == "func.func"}
 
 
@@ -77,10 +77,10 @@ class _Walker:
         if operation.name == "stablehlo.optimization_barrier":
             return given
         if operation.name == "stablehlo.while":
-            for region in operation.regions:
-                block = region.blocks[0]
-                self._block(block, scope | dict(zip(block.arguments, given, strict=True)))
-            return given
+            condition, body = (region.blocks[0] for region in operation.regions)
+            self._block(condition, scope | dict(zip(condition.arguments, given, strict=True)))
+            left = self._block(body, scope | dict(zip(body.arguments, given, strict=True)))
+            return tuple(a if a == b else _NONE for a, b in zip(given, left, strict=True))
         if operation.name in ("func.call", "stablehlo.composite"):
             return self._call(operation, given)
         if operation.name in ("stablehlo.case", "stablehlo.if", "sdy.manual_computation"):
