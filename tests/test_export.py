@@ -19,7 +19,6 @@ from dsjax.export import bundle as bundles
 from dsjax.export.consumers import jax as jax_consumer
 from dsjax.export.consumers.base import main_function, new_context, parse
 from dsjax.export.inventory import inventory
-from dsjax.export.report import _plot
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.export.verify import verify
 from dsjax.params.accounting import _stored_bytes, is_mtp, table
@@ -354,12 +353,6 @@ def test_a_bundle_holds_no_path(tmp_path: Path) -> None:
         found.append({p.relative_to(place): p.read_bytes() for p in files})
         assert not [p for p in files if str(tmp_path).encode() in p.read_bytes()]
     assert found[0] == found[1]
-
-
-def test_a_plots_names_are_escaped_once() -> None:
-    counts = {"operators": {"stablehlo.add": {"executed": 1, "text": 1}}}
-    drawn = _plot({"a<b": counts}, "title")
-    assert "a&lt;b" in drawn and "&amp;" not in drawn
 
 
 def test_consumer_is_not_the_model() -> None:

@@ -63,6 +63,8 @@ def test_bars_are_as_long_as_their_numbers_and_labelled() -> None:
     widths = [float(rect.attrib["width"]) for rect in svg.iter(f"{space}rect")]
     assert len(widths) == 2 and widths[0] == pytest.approx(4 * widths[1], abs=0.3)
     assert [text.text for text in svg.iter(f"{space}text")] == ["a", "100", "b", "25", "c"]
+    drawn = svg_bars(Table(["p", "`a<b`", "c"], [["x<y", 1, 2]], bars=1))  # names are escaped once
+    assert "x&lt;y" in drawn and "a&lt;b" in drawn and "&amp;" not in drawn
     assert svg_bars(Table(["p", "n"], [["a", 0]], bars=1)) == svg_bars(Table(["p", "n"], [["a", "x"]], bars=1)) == ""
 
 
