@@ -38,6 +38,10 @@ class VariantError(ValueError):
     """A variant cannot compute what it is given. Raised by variants, while a program is traced."""
 
 
+Tap = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], object]
+"""Takes what a call of an operator was given, and what it gave."""
+
+
 @runtime_checkable
 class Sink(Protocol):
     """Where taps go. Called on the host, in the program's order."""
@@ -50,11 +54,18 @@ class Sink(Protocol):
 
 
 @runtime_checkable
-class TracedSink(Sink, Protocol):
+class TracedSink(Protocol):
     """A sink that also takes what operators compute, while a program is traced."""
 
-    def traced(self, operator: str, function: Callable[..., list[jax.Array]], inputs: Sequence[Any]) -> None:
-        """A call of an operator is traced: a function of arrays like these inputs, which holds nothing else of it."""
+    def layer(self, number: int) -> None:
+        """As a `Sink`'s."""
+
+    def traced(self, operator: str, function: Callable[..., list[jax.Array]], inputs: Sequence[Any]) -> Tap:
+        """A call of an operator is traced: a function of arrays like these inputs, which holds nothing else of it.
+
+        Returns:
+          What sees that very call whenever it runs.
+        """
 
 
 @runtime_checkable
@@ -79,7 +90,7 @@ class _Trace:
     choices: tuple[tuple[str, str], ...] = ()
     platform: str | None = None
     outline: bool = False
-    sink: Sink | None = None
+    sink: Sink | TracedSink | None = None
 
 
 _trace = jax.make_user_context(_Trace())
@@ -122,7 +133,7 @@ def outlining() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tapping(sink: Sink) -> Iterator[None]:
+def tapping(sink: Sink | TracedSink) -> Iterator[None]:
     """The sink sees every call of an operator, and every layer; not under `jax.grad`.
 
     On a mesh it sees whole arrays of programs that XLA partitions; of a manual body each device's part, which only a
@@ -138,7 +149,7 @@ def enter_layer(number: Any) -> None:
         _tell(sink, lambda there, n: there.layer(int(n)), jnp.asarray(number, jnp.int32))
 
 
-def _tell(sink: Sink, say: Callable[..., None], *arrays: Any) -> None:
+def _tell(sink: Sink | TracedSink, say: Callable[..., None], *arrays: Any) -> None:
     """Calls `say(sink, *arrays)` on the host, in the program's order, which is each device's own."""
     block, mesh = str(current_name_stack()), jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in mesh.axis_names if axis in mesh.manual_axes)
@@ -260,15 +271,15 @@ class Operator(Generic[P, R]):
                 outputs = jax.jit(outlined, keep_unused=True)(*inputs)
             else:
                 outputs = function(*inputs)
-        if isinstance(trace.sink, TracedSink):
-            trace.sink.traced(self.name, function, inputs)
         if sink := trace.sink:
             given = [] if isinstance(sink, PlacedSink) else inputs  # whole stacks of weights are among them
             count = len(given)
+            tap = sink.traced(self.name, function, inputs) if isinstance(sink, TracedSink) else None
 
-            def called(there: Sink, *arrays: Any) -> None:
+            def called(there: Any, *arrays: Any) -> None:
                 host = [np.asarray(a) for a in arrays]
-                there.call(self.name, host[:count], host[count:])
+                see = tap or functools.partial(there.call, self.name)
+                see(host[:count], host[count:])
 
             _tell(sink, called, *given, *outputs)
         result: R = jax.tree.unflatten(tree, outputs)

@@ -45,6 +45,8 @@ def test_scores_tie() -> None:
     assert not bias.any() and (scores[:2] == scores[:2, :1]).all()
     assert all(len(set(row.tolist())) < 8 for row in scores[2:])
     assert not (np.signbit(scores) & (scores == 0)).any()  # top_k's own condition
+    levels = set(scores[2:].reshape(-1).tolist())  # sigmoids of x and -x add up to 1, and groups' sums would tie
+    assert len(levels) > 3 and not levels & {-x for x in levels}
 
 
 @pytest.mark.parametrize(

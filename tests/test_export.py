@@ -15,9 +15,9 @@ from helpers_export import TWINS, export_twin, twin_flags
 
 from dsjax.cli.main import main
 from dsjax.config import load_config
-from dsjax.export.artifact import deserialise
+from dsjax.export import bundle as bundles
 from dsjax.export.consumers import jax as jax_consumer
-from dsjax.export.consumers.base import main_function
+from dsjax.export.consumers.base import main_function, new_context, parse
 from dsjax.export.inventory import inventory
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.export.verify import verify
@@ -70,7 +70,7 @@ def test_programs_take_what_they_use_and_params_json_is_all_of_it(v3: Path) -> N
     taken: dict[str, set[str]] = {}
     for module in manifest["modules"]:
         if module["kind"] == "model":
-            program = deserialise((v3 / f"modules/{module['name']}.vhlo.bc").read_bytes())
+            program = parse((v3 / f"modules/{module['name']}.vhlo.bc").read_bytes(), new_context())
             given = zip(module["arguments"], main_function(program).arguments, strict=True)
             unused = [a["name"] for a, value in given if not list(value.uses)]
             assert unused == []
@@ -101,11 +101,11 @@ def test_bundle_gives_the_jitted_models_bits(tmp_path: Path, preset: str, target
     given = tmp_path / "given"
     report = verify(bundle, ["jax"], out=given)
     assert report["passed"], report
-    for golden in (bundle / "golden").iterdir():
-        expected, found = (_arrays(folder / "outputs.safetensors") for folder in (golden, given / golden.name))
+    for folder in (bundle / "golden").iterdir():
+        expected, found = (_arrays(f / "outputs.safetensors") for f in (folder, given / folder.name))
         assert expected.keys() == found.keys() and "logits" in expected
         for name, array in expected.items():
-            assert array.tobytes() == found[name].tobytes(), (golden.name, name)
+            assert array.tobytes() == found[name].tobytes(), (folder.name, name)
 
 
 def test_every_block_has_goldens_and_gives_them(v3: Path) -> None:
@@ -246,7 +246,7 @@ def test_portable_has_no_small_floats_and_loop_has_no_sort(tmp_path: Path) -> No
     flags = ("--numerics", "native", "--topk", "loop", "--stablehlo-version", "1.1.0")
     manifest = export_twin(bundle, "deepseek-v4-flash", *flags)
     for module in manifest["modules"]:
-        parsed = deserialise((bundle / "modules" / f"{module['name']}.vhlo.bc").read_bytes())
+        parsed = parse((bundle / "modules" / f"{module['name']}.vhlo.bc").read_bytes(), new_context())
         found = inventory(parsed)
         assert not [t for t in found["types"] if t.startswith(("f8", "f4"))]
         assert not [op for op in found["operators"] if "sort" in op or "top_k" in op] and not found["composites"]
@@ -319,6 +319,58 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["export", "--out", out, *flags]) == 2, flags
         [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dsjax: ") and said in line]
         assert not Path(out).exists(), line
+
+
+def test_numbers_of_flags_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bundle"
+    model = ["export", "--model", "deepseek-v3", "--out", str(out)]
+    for flags in (["--chunk", "0"], ["--chunk", "-5"], ["--seed", "-1"], ["--layers", "0"], ["--length", "163841"]):
+        assert main([*model, *flags]) == 2, flags
+        [line] = capsys.readouterr().err.splitlines()
+        assert flags[0] in line and flags[1] in line and not out.exists()
+
+
+def test_refusals_come_before_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_load(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(bundles, "load", no_load)
+    preset = "deepseek-r1-distill-qwen-1.5b"
+    model = ["export", *twin_flags(preset), "--length", "32", "--chunk", "8", "--synthetic-golden"]
+    model += ["--out", str(tmp_path / "bundle")]
+    for flags in (["--profile", "nobody"], ["--stablehlo-version", "1.8"], ["--stablehlo-version", "99.0.0"]):
+        assert main([*model, *flags]) == 2
+        assert "random weights" not in capsys.readouterr().err
+    assert main([*model, "--target", "typed", "--profile", "w8a8-npu"]) == 1
+    own = tmp_path / "own.toml"
+    rule = 'kind = "operator"\nforbid = ["stablehlo.add"]\nreason = "r"\nsource = "s"\ndate = "2026-11"\n'
+    own.write_text(f'title = "own"\n[[rule]]\n{rule}switch = "none"\n')
+    assert main([*model, "--profile", str(own)]) == 1
+    assert "stablehlo.add" in capsys.readouterr().err
+
+
+def test_a_bundle_holds_no_path(tmp_path: Path) -> None:
+    """The same checkpoint and profile elsewhere: the same bytes, and neither's folder in any of them."""
+    preset = "deepseek-r1-distill-qwen-1.5b"
+    layers, settings = TWINS[preset]
+    profile = 'title = "mine"\nextends = ["tenstorrent"]\n'
+    found = []
+    for place in (tmp_path / "here", tmp_path / "somewhere" / "else"):
+        model = place / "model"
+        synthesise(model, synth_config(preset, layers=layers, settings=settings), template=preset)
+        config = model / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(place)}))
+        (place / "mine.toml").write_text(profile)
+        flags = ["--phases", "decode", "--length", "32", "--no-golden", "--profile", str(place / "mine.toml")]
+        assert main(["export", "--model", str(model), "--out", str(place / "bundle"), *flags]) == 0
+        manifest = _json(place / "bundle", "manifest.json")
+        assert (manifest["model"]["name"], manifest["profile"]) == ("model", "mine")
+        files = sorted(p for p in (place / "bundle").rglob("*") if p.is_file())
+        found.append({p.relative_to(place): p.read_bytes() for p in files})
+        assert not [p for p in files if str(tmp_path).encode() in p.read_bytes()]
+    assert found[0] == found[1]
 
 
 def test_consumer_is_not_the_model() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers_export import twin_flags
 from jax import lax
 
+from dsjax.cli.export import add_flags
+from dsjax.cli.main import main
 from dsjax.errors import InputError
 from dsjax.export.inventory import inventory
 from dsjax.export.profile import SWITCHES, Violation, check, load, names
+from dsjax.export.vocabulary import known
 
 F32 = jnp.float32
 ALL = {"generic", "tpu", "iree", "tenstorrent", "neuron", "no-fp8", "no-sort", "no-while-dynamic", "w8a8-npu"}
@@ -29,7 +35,7 @@ def found(f, *shapes):
 
 
 def violations(profile: str, inventory_) -> dict[str, Violation]:
-    return {v.what.split(" (")[0]: v for v in check(load(profile), inventory_)}
+    return {v.what: v for v in check(load(profile), inventory_)}
 
 
 def test_every_profile_is_whole() -> None:
@@ -59,9 +65,9 @@ def test_a_sort_is_told_with_its_place_and_the_switch_for_that_place() -> None:
         return lax.scan(lambda c, _: (grouped(c), gate(c)[0]), x, None, length=5)
 
     bad = violations("no-sort", found(f, ((4, 8), F32)))
-    assert bad["operator chlo.top_k"].where == "moe_gate"
+    assert bad["operator chlo.top_k"].where == ("moe_gate",)
     assert bad["operator chlo.top_k"].switch == "--topk loop"
-    assert bad["operator stablehlo.sort"].where == "grouped_matmul"
+    assert bad["operator stablehlo.sort"].where == ("grouped_matmul",)
     assert bad["operator stablehlo.sort"].switch == "--moe dense"
     line = str(bad["operator stablehlo.sort"])
     assert line.startswith("refused: operator stablehlo.sort (1 written, 5 executed): no sort")
@@ -80,7 +86,7 @@ def test_types_are_told_by_argument_and_operator() -> None:
     found_ = found(f, ((4, 4), F32), ((4, 4), jnp.float8_e4m3fn))
     for profile in ("no-fp8", "neuron"):
         bad = violations(profile, found_)["type f8E4M3FN"]
-        assert bad.where == "argument 1 codes, block_scaled_dot" and bad.switch == "--target portable"
+        assert bad.where == ("argument 1 codes", "block_scaled_dot") and bad.switch == "--target portable"
     assert violations("iree", found_)["type f8E4M3FN"].level == "doubtful"
     assert check(load("tpu"), found_) == []
     five = found(lambda x: x.astype(F32), ((4,), jnp.float8_e5m2))
@@ -100,7 +106,7 @@ def test_loops_choices_and_comparators() -> None:
     found_ = found(f, ((4,), F32), ((), jnp.int32))
     bad = violations("neuron", found_)
     assert {"feature while:dynamic", "operator stablehlo.case", "feature sort:compare other"} <= set(bad)
-    assert bad["feature while:dynamic"].where == "attend" and bad["feature while:dynamic"].switch == "none"
+    assert bad["feature while:dynamic"].where == ("attend",) and bad["feature while:dynamic"].switch == "none"
     assert str(bad["feature while:dynamic"]).count("no switch removes it") == 1
     assert bad["operator stablehlo.reduce_precision"].switch == "--target float32"
     assert set(violations("no-while-dynamic", found_)) == {"feature while:dynamic", "operator stablehlo.case"}
@@ -121,6 +127,7 @@ def test_what_no_vendor_takes() -> None:
     sharded = found(jax.shard_map(lambda x: lax.psum(x, "a"), mesh=mesh, in_specs=over, out_specs=over), ((8,), F32))
     bad = violations("generic", sharded)
     assert bad["operator sdy.manual_computation"].switch == "--spmd manual"
+    assert check(load("tpu"), sharded) == []  # libtpu reads Shardy: what --spmd auto is for
 
 
 def write(folder: Path, text: str) -> str:
@@ -129,6 +136,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+REQUIRED = ["--model", "deepseek-v3", "--out", "bundle"]
 RULE = 'reason = "r"\nsource = "s"\ndate = "2026-11"\nswitch = "none"\n'
 
 
@@ -142,7 +150,12 @@ def test_a_users_own_profile_with_limits(tmp_path: Path) -> None:
     assert [v.what for v in bad] == [
         "StableHLO 1.8.0, above 1.0.0",
         "rank of 3, above 2",
-        "operator stablehlo.tanh (1 written, 1 executed)",
+        "operator stablehlo.tanh",
+    ]
+    assert [(v.kind, v.name, v.written, v.executed) for v in bad] == [
+        ("version", None, None, None),
+        ("rank", None, None, None),
+        ("operator", "stablehlo.tanh", 1, 1),
     ]
 
 
@@ -151,7 +164,17 @@ def test_a_users_own_profile_with_limits(tmp_path: Path) -> None:
     [
         ("title = ", "expected TOML"),
         ('note = "x"', "expected a title"),
-        ('title = "x"\nsurprise = 1', "expected title, note, extends and rules"),
+        ('title = "x"\nsurprise = 1', "expected title, note, extends, takes and rules"),
+        (f'title = "x"\n[[rule]]\nkind = "operator"\nforbid = ["stablehlo.sotr"]\n{RULE}', r"near: stablehlo.sort\)"),
+        (f'title = "x"\n[[rule]]\nkind = "type"\nforbid = ["fp8*"]\n{RULE}', "the name of some type, found 'fp8"),
+        (f'title = "x"\n[[rule]]\nkind = "feature"\nforbid = ["sort:stabel"]\n{RULE}', "near: sort:stable"),
+        (f'title = "x"\n[[rule]]\nkind = "feature"\nrequire = ["dot_general:i8xi8->s32"]\n{RULE}', "of some feature"),
+        (f'title = "x"\n[[rule]]\nkind = "type"\nallow = ["*"]\nexcept = ["f31"]\n{RULE}', "of some type, found 'f31"),
+        (
+            f'title = "x"\n[[rule]]\nkind = "type"\nforbid = ["f8*"]\n{RULE}switch_in = {{ gruped = "none" }}',
+            "named operators",
+        ),
+        ('title = "x"\nextends = ["generic"]\ntakes = ["stablehlo.sort"]', "extends forbid, found 'stablehlo.sort'"),
         (f'title = "x"\n[[rule]]\nkind = "colour"\nforbid = ["a"]\n{RULE}', "rule 1: kind: expected one of operator"),
         (f'title = "x"\n[[rule]]\nkind = "type"\n{RULE}', "rule 1: expected one of forbid, allow and require"),
         (f'title = "x"\n[[rule]]\nkind = "type"\nforbid = "f8"\n{RULE}', "forbid: expected texts, found 'f8'"),
@@ -183,8 +206,53 @@ def test_an_unknown_or_circular_profile_is_told(tmp_path: Path) -> None:
 
 
 def test_remedies_are_switches_of_export() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for flag, values in SWITCHES.items():
+        assert all(getattr(parser.parse_args([*REQUIRED, flag, value]), flag[2:]) == value for value in values)
     for name in names():
         for rule in load(name).rules:
             for switch in (rule.switch, *rule.switch_in.values()):
                 flag, _, value = switch.partition(" ")
                 assert switch == "none" or value in SWITCHES[flag]
+
+
+def test_the_vocabulary_has_what_inventories_have(tmp_path: Path) -> None:
+    f = found(lambda x: lax.top_k(jnp.sort(x.astype(jnp.float8_e5m2).astype(F32) @ x, stable=True), 2), ((4, 4), F32))
+    for kind, names_ in {"operator": f["operators"], "type": f["types"], "feature": f["features"]}.items():
+        assert [name for name in names_ if not known(kind, name)] == []
+
+
+def test_a_bundle_is_checked_and_rules_are_listed_by_the_command(tmp_path: Path, capsys) -> None:
+    sorted_ = found(lambda x: jnp.sort(x, stable=False), ((4,), F32))
+    content = {"schema": 1, "modules": {"prefill": sorted_, "decode": sorted_}}
+    (tmp_path / "inventory.json").write_text(json.dumps(content))
+    assert main(["profile", "no-sort", str(tmp_path), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    entry = next(e for e in told["violations"] if e["name"] == "stablehlo.sort" and e["program"] == "decode")
+    assert told["refused"] == 2 and (entry["kind"], entry["written"], entry["switch"]) == ("operator", 1, "--topk loop")
+    assert entry["source"].startswith("tt-xla") and entry["date"] == "2026-11" and entry["where"] == ["sort"]
+    assert main(["profile", "no-sort", str(tmp_path)]) == 1  # what programs share is told once
+    assert capsys.readouterr().out.count("prefill, decode: refused: operator stablehlo.sort (1 written") == 1
+    assert main(["profile", "tpu", str(tmp_path)]) == 0
+    assert main(["profile"]) == 0 and main(["profile", "no-sort"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "refused: forbid operator stablehlo.sort, chlo.top_k" in text
+        and "in grouped_matmul --moe dense removes" in text
+    )
+    for damaged in ({"schema": 2}, {"schema": 1, "modules": {"x": {"operators": {}}}}, {"schema": 1}):
+        (tmp_path / "inventory.json").write_text(json.dumps(damaged))
+        assert main(["profile", "tpu", str(tmp_path)]) == 2
+
+
+def test_all_programs_are_checked_before_a_profile_refuses(tmp_path: Path, capsys) -> None:
+    flags = [*twin_flags("deepseek-r1-distill-qwen-1.5b"), "--length", "32", "--chunk", "8"]
+    profile = write(tmp_path, f'title = "x"\n[[rule]]\nkind = "operator"\nforbid = ["stablehlo.rsqrt"]\n{RULE}')
+    assert main(["export", *flags, "--profile", profile, "--json", "--out", str(tmp_path / "out")]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [(e["program"], e["name"]) for e in told["violations"]] == [
+        ("prefill-b1-s32", "stablehlo.rsqrt"),
+        ("decode-b1-s32", "stablehlo.rsqrt"),
+    ]
+    assert not (tmp_path / "out").exists()

@@ -26,6 +26,28 @@ from dsjax.text import Text
 from sharding import Plan
 
 
+def positive(text: str) -> int:
+    """A flag's number."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive integer"
+
+
+def seed(text: str) -> int:
+    """A flag's seed."""
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise ValueError
+    return value
+
+
+seed.__name__ = "integer from 0 to 2^63 - 1"
+
+
 def print_json(result: dict[str, Any]) -> None:
     """The one line of --json."""
     print(json.dumps(result), flush=True)

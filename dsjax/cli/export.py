@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 
-from dsjax.cli.common import note, print_json
+from dsjax.cli.common import note, positive, print_json, seed
 from dsjax.cli.ops import operator_flags
+from dsjax.cli.profile import entries, lines
 from dsjax.config import Config, V4Config, load_config, parse_config, read_json_object
 from dsjax.errors import InputError
+from dsjax.export.artifact import check_version
 from dsjax.export.bundle import ProfileError, Request, export
+from dsjax.export.profile import load as load_profile
 from dsjax.export.profile import names as profile_names
 from dsjax.export.program import PHASES, Exporter, Shape
 from dsjax.export.targets import TARGETS, find_target
@@ -63,8 +66,10 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--batch", type=_numbers, default=[1], metavar="1,8", help="slots, one program for each (default 1)")
     p.add_argument("--length", type=_numbers, default=[4096], metavar="4096", help="positions, likewise (default 4096)")
-    p.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help=f"new tokens of a prefill (default {CHUNK})")
-    p.add_argument("--layers", type=int, metavar="N", help="of a preset: another depth")
+    p.add_argument(
+        "--chunk", type=positive, default=CHUNK, metavar="N", help=f"new tokens of a prefill (default {CHUNK})"
+    )
+    p.add_argument("--layers", type=positive, metavar="N", help="of a preset: another depth")
     p.add_argument("--target", choices=TARGETS, default="portable", help="how weights are seen (default portable)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="activations and cache (default bfloat16)")
     p.add_argument("--numerics", choices=("plain", "native"), default="plain")
@@ -85,7 +90,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", choices=("reference", "copy", "none"), help="default: reference; none for a preset")
     p.add_argument("--no-golden", action="store_true", help="of a checkpoint: no golden numbers, the model is not run")
     p.add_argument("--synthetic-golden", action="store_true", help="of a preset: random weights and golden numbers")
-    p.add_argument("--seed", type=int, default=0, help="of the random weights")
+    p.add_argument("--seed", type=seed, default=0, help="of the random weights")
     operator_flags(p)
 
 
@@ -116,6 +121,12 @@ def _numerics(options: argparse.Namespace) -> Numerics:
     return Numerics(options.numerics, dtype, options.mla, kv=options.kv, products="tiled")
 
 
+def _check_length(options: argparse.Namespace, config: Config) -> None:
+    if max(options.length) > config.max_position_embeddings:
+        most = config.max_position_embeddings
+        raise InputError(f"--length {max(options.length)}: expected at most {most} positions of {options.model}")
+
+
 @contextmanager
 def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict[str, Any], Config]]:
     """(folder with weights, config.json, config) of --model."""
@@ -125,14 +136,17 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict
         if settings or options.layers or options.synthetic_golden:
             raise InputError("--set, --layers, --synthetic-golden: expected with a preset, found a checkpoint folder")
         config = load_config(options.model)
+        _check_length(options, config)
         held = any(folder.glob("*.safetensors")) and options.weights != "none"
         yield folder if held else None, read_json_object(folder / "config.json"), config
         return
     raw = synth_config(options.model, layers=options.layers, settings=settings)
+    config = parse_config(raw, options.model)
+    _check_length(options, config)
     if not options.synthetic_golden:
         if options.weights in ("reference", "copy"):
             raise InputError(f"--weights {options.weights}: expected a checkpoint folder, found a preset")
-        yield None, raw, parse_config(raw, options.model)
+        yield None, raw, config
         return
     with tempfile.TemporaryDirectory(prefix="dsjax-") as temporary:
         made = Path(temporary) / "model"
@@ -151,6 +165,9 @@ def run(options: argparse.Namespace) -> int:
     """`dsjax export`."""
     target, choices, shapes = find_target(options.target), switches_of(options), _shapes(options)
     numerics = _numerics(options)
+    profile = load_profile(options.profile) if options.profile is not None else None
+    if options.stablehlo_version is not None:
+        check_version(options.stablehlo_version)
     with _checkpoint(options) as (folder, raw, config):
         if options.o_groups != "split" and not isinstance(config, V4Config):
             raise InputError(f"--o-groups {options.o_groups}: expected deepseek_v4, found {config.model_type}")
@@ -170,11 +187,11 @@ def run(options: argparse.Namespace) -> int:
             except InputError as e:
                 raise InputError(f"golden numbers (--no-golden leaves them out): {e}") from None
         request = Request(
-            options.model,
-            raw,
+            options.model if options.model in PRESETS else Path(options.model).resolve().name,
+            {key: value for key, value in raw.items() if key != "_name_or_path"},
             shapes,
             options.stablehlo_version,
-            options.profile,
+            profile,
             options.blocks,
             weights,
             folder,
@@ -188,11 +205,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refused(options: argparse.Namespace, error: ProfileError) -> int:
-    lines: Sequence[str] = [str(violation) for violation in error.violations]
-    for line in lines:
+    for line in lines(error.violations):
         note(f"dsjax: profile {options.profile}: {line}")
     if options.json:
-        print_json({"bundle": None, "profile": options.profile, "violations": list(lines)})
+        print_json({"bundle": None, "profile": options.profile, "violations": entries(error.violations)})
     return 1
 
 

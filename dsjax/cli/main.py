@@ -17,6 +17,7 @@ from dsjax.cli import verbs
 from dsjax.cli.align import add_flags as add_align_flags
 from dsjax.cli.align import align, before_jax
 from dsjax.cli.chat import chat
+from dsjax.cli.common import positive, seed
 from dsjax.cli.convert import add_flags as add_convert_flags
 from dsjax.cli.convert import convert
 from dsjax.cli.export import add_flags as add_export_flags
@@ -24,6 +25,8 @@ from dsjax.cli.export import run as export
 from dsjax.cli.many import join, process_flags, refuse_many
 from dsjax.cli.ops import choices_of, operator_flags, ops
 from dsjax.cli.plan import plan, size
+from dsjax.cli.profile import add_flags as add_profile_flags
+from dsjax.cli.profile import profile
 from dsjax.cli.verify import add_flags as add_verify_flags
 from dsjax.cli.verify import verify
 from dsjax.errors import InputError
@@ -43,26 +46,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message if len(message) < 400 else message[:400] + "..."
         raise InputError(f"{self.prog.removeprefix('dsjax').strip()}: {message}".removeprefix(": "))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive integer"
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 63:
-        raise ValueError
-    return value
-
-
-_seed.__name__ = "integer from 0 to 2^63 - 1"
 
 
 def _ids(text: str) -> list[int]:
@@ -147,7 +130,7 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="0 takes the most likely token; default: the model's, else 0")
     parser.add_argument("--top-p", type=float, help="default: the model's, else 1")
     parser.add_argument("--top-k", type=int, help="default: the model's, else 0, which is all")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,9 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("synth", parents=[common], help="make a checkpoint with random weights")
     p.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--layers", type=_positive, metavar="N")
+    p.add_argument("--layers", type=positive, metavar="N")
     p.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="settings")
-    p.add_argument("--seed", type=_seed, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.set_defaults(run=verbs.synth)
 
     p = commands.add_parser("inspect", parents=[common], help="count parameters and bytes; check a checkpoint")
@@ -187,6 +170,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="ranks (default: one device)")
     p.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", dest="settings")
     p.set_defaults(run=export)
+
+    p = commands.add_parser("profile", parents=[result], help="what a compiler takes, and whether a bundle is that")
+    add_profile_flags(p)
+    p.set_defaults(run=profile)
 
     p = commands.add_parser("align", parents=[common], help="precision report between two sets of results")
     add_align_flags(p)
@@ -207,9 +194,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='lines with "prompt", "ids" or "messages"')
     p.add_argument("--chat", action="store_true", help="--prompt is a user's message, in the model's chat format")
     _conversation_flags(p)
-    p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
-    p.add_argument("--max-length", type=_positive, metavar="N", help="positions per sequence")
-    p.add_argument("--batch", type=_positive, default=8, metavar="N", help="prompts at once (default 8)")
+    p.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
+    p.add_argument("--max-length", type=positive, metavar="N", help="positions per sequence")
+    p.add_argument("--batch", type=positive, default=8, metavar="N", help="prompts at once (default 8)")
     _sampling_flags(p)
     process_flags(p)
     p.set_defaults(run=verbs.generate)
@@ -217,9 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("chat", parents=[machine], help="talk with a model, line by line")
     _model_flags(p)
     _conversation_flags(p)
-    p.add_argument("--max-new-tokens", type=_positive, metavar="N", help="per reply (default: the room left)")
+    p.add_argument("--max-new-tokens", type=positive, metavar="N", help="per reply (default: the room left)")
     p.add_argument(
-        "--max-length", type=_positive, metavar="N", help="positions of the conversation (default 32768, or all)"
+        "--max-length", type=positive, metavar="N", help="positions of the conversation (default 32768, or all)"
     )
     _sampling_flags(p)
     process_flags(p, hidden=True)
@@ -237,26 +224,26 @@ def build_parser() -> argparse.ArgumentParser:
         "bench", parents=[common], help="time loading, prefill and decode, against what memory gives"
     )
     _model_flags(p)
-    p.add_argument("--prompt-length", type=_positive, default=128, metavar="N")
-    p.add_argument("--new-tokens", type=_positive, default=32, metavar="N")
-    p.add_argument("--batch", type=_positive, default=1, metavar="N")
+    p.add_argument("--prompt-length", type=positive, default=128, metavar="N")
+    p.add_argument("--new-tokens", type=positive, default=32, metavar="N")
+    p.add_argument("--batch", type=positive, default=1, metavar="N")
     p.add_argument(
-        "--soak", type=_positive, metavar="N", help="N more decode steps; status 1 if ids change or memory grows"
+        "--soak", type=positive, metavar="N", help="N more decode steps; status 1 if ids change or memory grows"
     )
     process_flags(p)
     p.set_defaults(run=verbs.bench)
 
     p = commands.add_parser("plan", parents=[result], help="whether a model fits, how, and how fast at best")
     p.add_argument("model", metavar="DIR_OR_PRESET")
-    p.add_argument("--cards", type=_positive, required=True, metavar="N")
+    p.add_argument("--cards", type=positive, required=True, metavar="N")
     p.add_argument("--memory", type=size, metavar="96GB", help="of each card; default: the chip's")
     p.add_argument("--reserve", type=size, default=RESERVE, metavar="3GB", help="of each card, for drivers and runtime")
     p.add_argument(
         "--chip", metavar="NAME_OR_FILE", help=f"figures for an estimate: {', '.join(chip_names())}, or TOML"
     )
-    p.add_argument("--context", type=_positive, default=4096, metavar="T", help="positions per sequence")
-    p.add_argument("--batch", type=_positive, default=1, metavar="B", help="sequences at once")
-    p.add_argument("--chunk", type=_positive, default=CHUNK, metavar="N", help="tokens per sequence in a prefill step")
+    p.add_argument("--context", type=positive, default=4096, metavar="T", help="positions per sequence")
+    p.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences at once")
+    p.add_argument("--chunk", type=positive, default=CHUNK, metavar="N", help="tokens per sequence in a prefill step")
     p.add_argument("--mesh", type=_plan, metavar="dp=1,ep=8,tp=1", help="default: the best plan")
     p.add_argument("--aot", metavar="TOPOLOGY", help="also compile the step for TPUs, e.g. v5p:4x4x4 (needs libtpu)")
     p.add_argument("--attention", choices=ATTENTION, help="default: the better one; of a given mesh, heads")
@@ -337,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group = None
     try:
         options = build_parser().parse_args(arguments)
-        starts = options.run not in (plan, ops)
+        starts = options.run not in (plan, ops, profile)
         group = _join(options) if starts else None
         choices = choices_of(options)
         if starts:

@@ -1,28 +1,68 @@
-"""memory.json and cost.json: what one rank holds and does, by the planner's formulas."""
+"""memory.json, cost.json and cache.json: what one rank holds and does, by the planner's formulas."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from dsjax.cache.rows import ROW_BLOCK, SPARE
 from dsjax.export.program import Program, is_draft
+from dsjax.export.signature import Value
 from dsjax.plan.memory import activation_bytes, workspace_bytes
-from dsjax.plan.placement import Model, Placement
+from dsjax.plan.placement import Model, Placement, module_of
 from dsjax.plan.roofline import work
 
-CARDS = (16, 24, 32, 64, 80, 96, 128, 141, 192)
+CARDS = (1, 2, 4, 8, 16, 24, 32, 64, 80, 96, 128, 141, 192)
 """GB of memory that cards come with."""
+
+MEMORY_NOTES = {
+    "unit": "bytes of one rank",
+    "exact": "parameters, cache, inputs, outputs; aliased is the part of the results that takes the caches' memory",
+    "temporaries_bound": "by formula: what a step holds at its widest point; a compiler may need less",
+    "smallest_card_gb": f"the first of {', '.join(map(str, CARDS))} GB (10^9 bytes) that holds the total",
+}
+COST_NOTES = {
+    "unit": "operations (a multiply-add is two) and bytes of one rank and one step, rounded to whole ones",
+    "context": "every slot holds `length` tokens after the step, the new ones among them",
+    "flops": "products with matrices and attention; element-wise operations and routing are left out",
+    "weight_bytes": "each weight once; of the experts the expected number of distinct ones that the step's tokens "
+    "choose, uniformly and independently, on the rank with the most; of the embedding the rows that are looked up",
+    "cache_bytes": "rows that attention reads",
+    "per_token": "divided by the step's tokens",
+}
+_CAPACITY = (
+    f"length and {SPARE} more for drafts, rounded up: to a multiple of {ROW_BLOCK} if above {ROW_BLOCK}, else to a "
+    "power of two, at least 32. Indexer keys and compressed entries may have more places, for blocks of equal size"
+)
+_RULE = (
+    "donated: each result takes the memory of its argument. Arrays are [layers, slots, places, width], but for "
+    "lengths [slots]. length[b] is the only truth about positions: roll back k tokens by subtracting k; an empty "
+    "sequence has length 0, whatever the other arrays hold."
+)
+_PLACES = {
+    "rows": "position p in place p",
+    "index": "position p in place p",
+    "window": "a ring: position p in place p mod places",
+    "inputs": "a ring: position p in place p mod places",
+    "entries": "entry i, of tokens i * ratio and on, in place i",
+    "length": "tokens of each slot",
+}
+
+
+def _bytes(program: Program, value: Value) -> int:
+    """Of one rank."""
+    exporter = program.exporter
+    bounds = value.slice(0, exporter.layout.rules.extents) if exporter.ranks > 1 else None
+    part = value.spec.shape if bounds is None else [b - a for a, b in bounds]
+    return value.nbytes * math.prod(part) // math.prod(value.spec.shape)
 
 
 def _local_bytes(program: Program, kind: str, results: bool = False) -> int:
-    """Of one rank."""
-    exporter, total = program.exporter, 0
-    for value in program.results if results else program.arguments:
-        if value.kind == kind:
-            bounds = value.slice(0, exporter.layout.rules.extents) if exporter.ranks > 1 else None
-            part = value.spec.shape if bounds is None else [b - a for a, b in bounds]
-            total += value.nbytes * math.prod(part) // math.prod(value.spec.shape)
-    return total
+    values = program.results if results else program.arguments
+    return sum(_bytes(program, value) for value in values if value.kind == kind)
 
 
 def memory(program: Program, model: Model) -> dict[str, Any]:
@@ -43,6 +83,10 @@ def memory(program: Program, model: Model) -> dict[str, Any]:
         "aliased": _local_bytes(program, "cache"),
     }
     found["total"] = sum(found[name] for name in ("parameters", "cache", "inputs", "outputs", "temporaries_bound"))
+    modules: dict[str, int] = {}
+    for (row, _), value in zip(program.rows, program.arguments, strict=False):
+        modules[module_of(row)] = modules.get(module_of(row), 0) + _bytes(program, value)
+    found["parameters_by_module"] = modules
     found["smallest_card_gb"] = next((gb for gb in CARDS if found["total"] <= gb * 1_000_000_000), None)
     return found
 
@@ -53,13 +97,45 @@ def cost(program: Program, model: Model) -> dict[str, Any]:
     slots = placement.slots(shape.batch)
     if is_draft(shape.phase):
         return {"note": "not counted: the draft module is one layer and the head"}
-    found = work(placement, slots, shape.tokens, shape.length)
+    found, tokens = work(placement, slots, shape.tokens, shape.length), slots * shape.tokens
     return {
-        "tokens": slots * shape.tokens,
-        "flops": found.flops,
-        "flops_by_module": found.parts,
-        "flops_per_token": sum(found.flops.values()) / (slots * shape.tokens),
-        "weight_bytes": found.weight_bytes,
-        "cache_bytes": found.cache_bytes,
-        "bytes_per_token": (found.weight_bytes + found.cache_bytes) / (slots * shape.tokens),
+        "tokens": tokens,
+        "length": shape.length,
+        "flops": _whole(found.flops),
+        "flops_by_module": _whole(found.parts),
+        "flops_per_token": round(sum(found.flops.values()) / tokens),
+        "weight_bytes": round(found.weight_bytes),
+        "weight_bytes_by_module": _whole(found.reads),
+        "cache_bytes": round(found.cache_bytes),
+        "bytes_per_token": round((found.weight_bytes + found.cache_bytes) / tokens),
+    }
+
+
+def _whole(numbers: Mapping[str, float]) -> dict[str, int]:
+    return {name: round(number) for name, number in numbers.items()}
+
+
+def cache(program: Program) -> dict[str, Any]:
+    """The cache's arguments, which result replaces which, how many positions they hold and where."""
+    replaced = {argument: result for result, argument in program.aliases.items()}
+    arguments = [
+        {
+            "index": i,
+            "name": v.name,
+            "shape": list(v.spec.shape),
+            "dtype": np.dtype(v.spec.dtype).name,
+            "bytes": v.nbytes,
+            "result": replaced[i],
+            "places": _PLACES[v.name.rsplit(".", 1)[-1]],
+        }
+        for i, v in enumerate(program.arguments)
+        if v.kind == "cache"
+    ]
+    return {
+        "arguments": arguments,
+        "bytes": sum(v.nbytes for v in program.arguments if v.kind == "cache"),
+        "length": program.shape.length,
+        "capacity": program.cache.capacity,
+        "capacity_rule": _CAPACITY,
+        "rule": _RULE,
     }

@@ -1,4 +1,5 @@
-"""Every named operator by itself: its function taken out of a program, and what it made of what it was given.
+"""Every named operator by itself: the function that a program's call was traced as, and what that very call made of
+what it was given.
 
 Where inputs can be varied, the same module stands once more, as `block-<operator>-<k>-edges`, with inputs of `edges`.
 """
@@ -15,90 +16,83 @@ from jaxlib.mlir import ir
 
 from dsjax.export import artifact, golden
 from dsjax.export.edges import edge_inputs
-from dsjax.export.inventory import operator_name
-from dsjax.export.loops import callee
-from dsjax.export.operations import numpy_dtype
-from dsjax.export.program import Program
+from dsjax.export.program import PLATFORM, Program, Shape
 from dsjax.params import Tree
-from quant.operator import tapping
+from quant.operator import PREFIX, Tap, tapping
 
 MOST_BYTES = 64 << 20
-"""Inputs of a block are kept in files up to this size."""
-
+"""Numbers of a block are kept in files up to this size."""
 
 Function = Callable[..., list[jax.Array]]
+Specs = list[jax.ShapeDtypeStruct]
+Numbers = tuple[list[np.ndarray], list[np.ndarray]]
+"""What an operator was given, and what it gave."""
 
 
 @dataclasses.dataclass
 class Call:
-    """One call of an operator: what it was given and what it gave; the function that gives it, to be jitted."""
+    """A call of an operator as it was traced.
+
+    Attributes:
+      operator: its name.
+      function: what it computes, of arrays like `inputs`.
+      module: the same, stripped.
+      inputs, outputs: shapes and types.
+      shape: of the program that it was met in.
+      numbers: of its first run; None where it did not run, or they are too large.
+    """
 
     operator: str
-    layer: int | None
-    inputs: list[np.ndarray]
-    outputs: list[np.ndarray]
-    function: Function | None = None
+    function: Function
+    module: ir.Module
+    inputs: Specs
+    outputs: Specs
+    shape: Shape
+    numbers: Numbers | None = None
+    _ran: bool = False
+
+    def keep(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Takes a run: copies, as the arrays are the runtime's."""
+        if not self._ran and sum(a.nbytes for a in (*inputs, *outputs)) <= MOST_BYTES:
+            self.numbers = [a.copy() for a in inputs], [a.copy() for a in outputs]
+        self._ran = True
 
 
 class Recorder:
-    """Keeps every operator's first call of each signature."""
+    """Keeps the first call of each operator and body: two that take and give the same may still compute otherwise."""
 
     def __init__(self) -> None:
-        self.calls: dict[tuple[Any, ...], Call] = {}
-        self._layer: int | None = None
-        self._functions: dict[tuple[Any, ...], Function] = {}
-
-    def traced(self, operator: str, function: Function, inputs: Sequence[Any]) -> None:
-        """Keeps the first function of each signature."""
-        self._functions.setdefault(signature(operator, [(a.shape, a.dtype) for a in inputs], []), function)
+        self.calls: dict[tuple[str, str], Call] = {}
+        self.shape = Shape("", 0, 0, 0)
 
     def layer(self, number: int) -> None:
-        """What follows is of this layer."""
-        self._layer = number if number >= 0 else None
+        """Blocks are of no layer in particular."""
 
-    def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
-        """Keeps copies: the arrays are the runtime's."""
-        key = signature(operator, [(a.shape, a.dtype) for a in inputs], [(a.shape, a.dtype) for a in outputs])
-        if key not in self.calls:
-            function = self._functions.get((*key[:2], ()))
-            kept = [a.copy() for a in inputs], [a.copy() for a in outputs]
-            self.calls[key] = Call(operator, self._layer, *kept, function)
+    def traced(self, operator: str, function: Function, inputs: Sequence[Any]) -> Tap:
+        """Lowers a call by itself."""
+        given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs]
 
+        def alone(*arrays: jax.Array) -> list[jax.Array]:
+            return function(*arrays)
 
-def signature(operator: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What tells blocks apart: the operator, and shapes and types of what it takes and gives."""
-    describe = lambda pairs: tuple((tuple(shape), np.dtype(dtype).name) for shape, dtype in pairs)  # noqa: E731
-    return operator, describe(inputs), describe(outputs)
+        alone.__name__ = alone.__qualname__ = PREFIX + operator
+        lowered = jax.jit(alone, keep_unused=True).trace(*given).lower(lowering_platforms=(PLATFORM,))
+        module = artifact.strip(lowered.compiler_ir("stablehlo"))
+        gave = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lowered.out_info]
+        call = Call(operator, function, module, given, gave, self.shape)
+        return self.calls.setdefault((operator, artifact.text(module)), call).keep
 
-
-def functions(module: ir.Module) -> dict[str, Any]:
-    """The module's functions by name."""
-    return {str(op.operation.attributes["sym_name"]).strip('"'): op for op in module.body.operations}
-
-
-def extract(module: ir.Module, name: str) -> ir.Module:
-    """A module whose `main` is the function of that name, with the functions that it calls."""
-    known = functions(module)
-    wanted, waiting = {name}, [name]
-    while waiting:
-        for op in artifact.walk(known[waiting.pop()].operation):
-            if op.operation.name == "func.call" and (called := callee(op)) not in wanted:
-                wanted.add(called)
-                waiting.append(called)
-    copy = ir.Module.parse(str(module), module.context)
-    with copy.context:
-        for found, op in functions(copy).items():
-            if found == name:
-                op.operation.attributes["sym_name"] = ir.StringAttr.get("main")
-                op.operation.attributes["sym_visibility"] = ir.StringAttr.get("public")
-            elif found not in wanted:
-                op.operation.erase()
-    return copy
-
-
-def _typed(type_: Any) -> tuple[tuple[int, ...], np.dtype]:
-    tensor = ir.RankedTensorType(type_)
-    return tuple(tensor.shape), numpy_dtype(tensor.element_type)
+    def run(self, program: Program, params: Tree | None) -> None:
+        """Traces a program of one device, and runs it on what goldens are made of if there are parameters."""
+        self.shape, step = program.shape, jax.jit(program.function, compiler_options=golden.options())
+        if params is None:
+            with program.exporter.chosen(), tapping(self):
+                step.trace(*(v.spec for v in program.arguments))
+            return
+        weights, inputs = golden.weights_of(program, params), golden.inputs_of(program, params)
+        with program.exporter.chosen(), tapping(self):
+            jax.block_until_ready(step(*weights, *inputs))
+        jax.effects_barrier()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +113,7 @@ class Block:
 
 
 def blocks(programs: Sequence[Program], params: Tree | None) -> Iterator[Block]:
-    """Each operator of the programs once per signature, and some once more on edges of their inputs.
+    """Each operator of the programs once for each body, and some once more on edges of their inputs.
 
     Of sharded programs the operators of one device's program.
 
@@ -127,94 +121,59 @@ def blocks(programs: Sequence[Program], params: Tree | None) -> Iterator[Block]:
       programs: in which operators are looked for.
       params: loaded, or None, which gives no numbers.
     """
-    seen: dict[tuple[Any, ...], str] = {}
+    recorder = Recorder()
+    for program in programs:
+        recorder.run(program.exporter.whole.program(program.shape), params)
     counts: dict[str, int] = {}
     edged: set[tuple[Any, ...]] = set()
-    for program in programs:
-        alone = program.exporter.whole.program(program.shape)
-        module = artifact.strip(alone.traced().compiler_ir("stablehlo"))
-        calls = {} if params is None else _record(alone, params)
-        for name, function in functions(module).items():
-            operator = operator_name(name)
-            if operator is None:
-                continue
-            type_ = ir.FunctionType(ir.TypeAttr(function.operation.attributes["function_type"]).value)
-            inputs, outputs = [_typed(t) for t in type_.inputs], [_typed(t) for t in type_.results]
-            key = signature(operator, inputs, outputs)
-            if key in seen:
-                continue
-            number = counts.get(operator, 0)
-            counts[operator] = number + 1
-            seen[key] = label = f"block-{operator}-{number}"
-            alone_module, call = extract(module, name), calls.get(key)
-            yield _block(label, operator, alone_module, inputs, outputs, call, program)
-            kind = operator, tuple(dtype.name for _, dtype in inputs)
-            at_edges = None if call is None or kind in edged else _at_edges(call, program)
-            if at_edges is not None:  # once for each kind of weights: shapes differ in nothing else
-                edged.add(kind)
-                yield _block(f"{label}-edges", operator, alone_module, inputs, outputs, at_edges, program)
+    for call in recorder.calls.values():
+        number = counts[call.operator] = counts.get(call.operator, -1) + 1
+        label = f"block-{call.operator}-{number}"
+        yield _block(label, call, call.numbers)
+        kind = call.operator, tuple(spec.dtype for spec in call.inputs)
+        if kind not in edged and (numbers := at_edges(call)) is not None:
+            edged.add(kind)  # once for each kind of weights: shapes differ in nothing else
+            yield _block(f"{label}-edges", call, numbers)
 
 
-def _record(program: Program, params: Tree) -> dict[tuple[Any, ...], Call]:
-    recorder = Recorder()
-    weights, inputs = golden.weights_of(program, params), golden.inputs_of(program, params)
-    with program.exporter.chosen(), tapping(recorder):
-        jax.block_until_ready(jax.jit(program.function, compiler_options=golden.options())(*weights, *inputs))
-    jax.effects_barrier()
-    return recorder.calls
-
-
-def _at_edges(call: Call, program: Program) -> Call | None:
-    """The same operator on inputs with edges in them, computed by the function that the model was traced with."""
-    inputs = edge_inputs(call.operator, call.inputs)
-    if inputs is None or call.function is None or sum(a.nbytes for a in inputs) > MOST_BYTES:
+def at_edges(call: Call) -> Numbers | None:
+    """The call on inputs with edges in them, and what its function gives; None where there are none."""
+    inputs = None if call.numbers is None else edge_inputs(call.operator, call.numbers[0])
+    if inputs is None or sum(a.nbytes for a in inputs) > MOST_BYTES:
         return None
-    with program.exporter.chosen():
-        outputs = jax.jit(call.function, compiler_options=golden.options())(*inputs)
-    return Call(call.operator, call.layer, inputs, [np.asarray(a) for a in outputs])
+    outputs = jax.jit(call.function, compiler_options=golden.options())(*inputs)
+    return inputs, [np.asarray(a) for a in outputs]
 
 
-def _block(
-    label: str,
-    operator: str,
-    module: ir.Module,
-    inputs: list[Any],
-    outputs: list[Any],
-    call: Call | None,
-    program: Program,
-) -> Block:
-    numbers = None
-    if call is not None and sum(a.nbytes for a in call.inputs + call.outputs) <= MOST_BYTES:
-        sides = (("in", call.inputs), ("out", call.outputs))
-        given, gave = ({f"{name}{i}": a for i, a in enumerate(arrays)} for name, arrays in sides)
-        numbers = golden.Golden(given, gave)
+def _block(label: str, call: Call, numbers: Numbers | None) -> Block:
+    sides = ("in", "out")
+    arrays = None
+    if numbers is not None:
+        named = ({f"{side}{i}": a for i, a in enumerate(found)} for side, found in zip(sides, numbers, strict=True))
+        arrays = golden.Golden(*named)
 
-    def values(pairs: list[Any], kind: str, name: str) -> list[dict[str, Any]]:
+    def values(specs: Specs, kind: str, side: str) -> list[dict[str, Any]]:
         return [
             {
                 "index": i,
                 "kind": kind,
-                "name": f"{name}{i}",
-                "shape": list(shape),
-                "dtype": dtype.name,
-                "global_shape": list(shape),
+                "name": f"{side}{i}",
+                "shape": list(spec.shape),
+                "dtype": np.dtype(spec.dtype).name,
+                "global_shape": list(spec.shape),
                 "slice": None,
             }
-            for i, (shape, dtype) in enumerate(pairs)
+            for i, spec in enumerate(specs)
         ]
 
-    shape = program.shape
     entry = {
         "name": label,
         "kind": "block",
-        "phase": shape.phase,
-        "batch": shape.batch,
-        "tokens": shape.tokens,
-        "length": shape.length,
+        **dataclasses.asdict(call.shape),
         "rank": None,
         "function": "main",
-        "operator": operator,
-        "arguments": values(inputs, "input", "in"),
-        "results": [{**v, "alias": None} for v in values(outputs, "output", "out")],
+        "operator": call.operator,
+        "arguments": values(call.inputs, "input", sides[0]),
+        "results": [{**v, "alias": None} for v in values(call.outputs, "output", sides[1])],
     }
-    return Block(label, module, numbers, entry)
+    return Block(label, call.module, arrays, entry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from jaxlib.mlir import ir
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
-from dsjax.export import artifact, golden, weights
-from dsjax.export.account import cost, memory
+from dsjax.export import account, artifact, golden, sites, weights
 from dsjax.export.blocks import Block, blocks
 from dsjax.export.inventory import inventory
 from dsjax.export.lift import lift, mark_aliases
-from dsjax.export.profile import Violation, check
-from dsjax.export.profile import load as load_profile
+from dsjax.export.profile import Profile, Violation, check
 from dsjax.export.program import Exporter, Program, Shape, is_draft
 from dsjax.export.report import write_report
 from dsjax.export.signature import Value
@@ -31,6 +29,7 @@ from dsjax.export.standalone import source as verify_source
 from dsjax.files import check_new_folder, new_folder
 from dsjax.params import Tree
 from dsjax.plan.placement import Model
+from quant.operator import find
 
 SCHEMA = 1
 
@@ -43,11 +42,11 @@ class Request:
     """What is to be in a bundle.
 
     Attributes:
-      name: of the model: preset or folder.
+      name: of the model, without a path.
       raw: its config.json.
       shapes: programs.
       version: StableHLO's, of the artifacts; None for the lowest that each module can have.
-      profile: name, or None.
+      profile: what compilers take, or None.
       blocks: export each operator alone, too.
       weights: "reference", "copy" or "none".
       checkpoint: folder with weights; None without.
@@ -58,7 +57,7 @@ class Request:
     raw: dict[str, Any]
     shapes: Sequence[Shape]
     version: str | None = None
-    profile: str | None = None
+    profile: Profile | None = None
     blocks: bool = False
     weights: str = "none"
     checkpoint: Path | None = None
@@ -66,10 +65,10 @@ class Request:
 
 
 class ProfileError(Exception):
-    """A program has what the profile does not allow; `violations` say what, where, and which switch removes it."""
+    """Programs have what the profile does not allow; by program, `violations` say what, where, and what removes it."""
 
-    def __init__(self, violations: Sequence[Violation]) -> None:
-        super().__init__(f"{len(violations)} violations")
+    def __init__(self, violations: Mapping[str, Sequence[Violation]]) -> None:
+        super().__init__(f"{sum(map(len, violations.values()))} violations")
         self.violations = violations
 
 
@@ -148,6 +147,7 @@ class Writer:
         self.minimum: dict[str, str] = {}
         self.inventories: dict[str, Any] = {}
         self.violations: dict[str, list[Violation]] = {}
+        self.sites: dict[str, list[dict[str, Any]]] = {}
         for name in ("modules", "golden"):
             (folder / name).mkdir()
 
@@ -160,11 +160,11 @@ class Writer:
         (self.folder / "modules" / f"{name}.mlir").write_text(text, encoding="utf-8")
         self.minimum[name] = least
 
-    def program(self, program: Program, params: Tree | None) -> None:
-        """Writes one phase: its modules, of every rank, and its goldens.
+    def program(self, program: Program) -> None:
+        """Writes one phase's modules, of every rank, unless the profile refuses them.
 
         Raises:
-          ProfileError: if the profile does not allow it.
+          InputError: if they cannot be shipped, or not in the version that was asked for.
         """
         exporter, shape, request = self.exporter, program.shape, self.request
         self.say(f"{shape.name}: lowering")
@@ -172,27 +172,41 @@ class Writer:
         found = inventory(module, [v.name for v in program.arguments])
         check_shippable(found, program)
         if request.profile is not None:
-            violations = check(load_profile(request.profile), found)
+            violations = check(request.profile, found)
             self.violations[shape.name] = violations
             if any(v.level == "refused" for v in violations):
-                raise ProfileError(violations)
+                return  # `refuse` tells, once all programs have been looked at
         stripped = artifact.strip(module)
         portable, least = artifact.portable(stripped, request.version, found["minimum_version"])
         self.inventories[shape.name] = found
-        where = None
-        if params is not None:
-            self.say(f"{shape.name}: golden numbers")
-            where = f"golden/{shape.name}"
-            self.golden(where, golden.make(program, params))
+        if request.blocks:
+            names = [v.name for v in program.arguments]
+            self.sites[shape.name] = sites.sites(stripped, names, found["functions"])
+        where = f"golden/{shape.name}" if request.golden != "none" else None
+        text = artifact.text(stripped)
         if not exporter.manual:
-            self._files(shape.name, artifact.text(stripped), portable, least)
+            self._files(shape.name, text, portable, least)
             self.modules.append(_entry(program, shape.name, None, where))
-        else:
-            each = artifact.of_ranks(artifact.text(stripped), request.version or least, exporter.ranks)
-            for rank, files in enumerate(each):
-                name = f"{shape.name}-rank{rank}"
-                self._files(name, *files, least)
-                self.modules.append(_entry(program, name, rank, where))
+            return
+        for rank, files in enumerate(artifact.of_ranks(text, request.version or least, exporter.ranks)):
+            name = f"{shape.name}-rank{rank}"
+            self._files(name, *files, least)
+            self.modules.append(_entry(program, name, rank, where))
+
+    def numbers(self, program: Program, params: Tree) -> None:
+        """Writes one phase's goldens, which all ranks share."""
+        self.say(f"{program.shape.name}: golden numbers")
+        made = golden.make(program, params)
+        self.golden(f"golden/{program.shape.name}", made, golden.tolerances(self.exporter, made.outputs))
+
+    def refuse(self) -> None:
+        """Says at once what the profile refuses of all programs.
+
+        Raises:
+          ProfileError: if there is anything.
+        """
+        if any(v.level == "refused" for found in self.violations.values() for v in found):
+            raise ProfileError(self.violations)
 
     def block(self, block: Block) -> None:
         """Writes one operator by itself."""
@@ -201,34 +215,47 @@ class Writer:
         where = None
         if block.numbers is not None:
             where = f"golden/{block.name}"
-            self.golden(where, block.numbers, golden.block_tolerances(block.numbers.outputs))
-        self.modules.append(block.entry | {"golden": where})
+            limits = golden.block_tolerances(block.entry["operator"], block.numbers.outputs)
+            self.golden(where, block.numbers, limits)
+        stands = sites.stands_for(block.module, block.entry["operator"], self.sites)
+        self.modules.append(block.entry | {"golden": where, "stands_for": stands, **self._chosen(block.entry)})
 
-    def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any] | None = None) -> None:
+    def _chosen(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """How an operator is computed, and what of the model's config it depends on."""
+        with self.exporter.chosen():
+            operator = find(entry["operator"])
+            variant = operator.variants[operator.chosen]
+        attributes = sites.attributes(entry, self.request.raw)
+        return {"variant": variant.name, "bound": variant.bound, "attributes": attributes}
+
+    def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any]) -> None:
         """Writes golden inputs, outputs and what outputs may differ by."""
         folder = self.folder / where
         folder.mkdir()
         write_file(folder / "inputs.safetensors", numbers.inputs)
         write_file(folder / "outputs.safetensors", numbers.outputs)
-        bounds = tolerance or golden.tolerances(self.exporter, numbers.outputs)
-        (folder / "tolerance.json").write_text(json.dumps(bounds, indent=1) + "\n", encoding="utf-8")
+        (folder / "tolerance.json").write_text(json.dumps(tolerance, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, programs: Sequence[Program], model: Model) -> dict[str, Any]:
         """Writes everything else, the manifest last."""
-        arguments = self._parameters(programs)
+        places = _places(programs)
+        arguments = [{"index": places[entry["path"]], **entry} for entry in self._parameters(programs)]
         total = sum(a["bytes"] for a in arguments)
         held = [a["checkpoint_bytes"] for a in arguments]
         stored = None if None in held else sum(held)
         content = {"schema": SCHEMA, "bytes": total, "checkpoint_bytes": stored, "arguments": arguments}
         self.json("params.json", content)
-        self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: _cache(p) for p in programs}})
+        self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: account.cache(p) for p in programs}})
         self.json("inventory.json", {"schema": SCHEMA, "modules": self.inventories})
-        self.json("memory.json", {"schema": SCHEMA, "modules": {p.shape.name: memory(p, model) for p in programs}})
-        self.json("cost.json", {"schema": SCHEMA, "modules": {p.shape.name: cost(p, model) for p in programs}})
+        for name, notes, count in (
+            ("memory", account.MEMORY_NOTES, account.memory),
+            ("cost", account.COST_NOTES, account.cost),
+        ):
+            found = {p.shape.name: count(p, model) for p in programs}
+            self.json(f"{name}.json", {"schema": SCHEMA, "notes": notes, "modules": found})
         (self.folder / "verify.py").write_text(verify_source(), encoding="utf-8")
         manifest = self._manifest()
-        doubts = [str(v) for found in self.violations.values() for v in found]
-        write_report(self.folder, manifest, sorted(set(doubts)))
+        write_report(self.folder, manifest, self.violations)
         manifest["files"] = {
             str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(self.folder.rglob("*"))
@@ -263,31 +290,19 @@ class Writer:
             "spmd": exporter.spmd,
             "mesh": mesh,
             "switches": {**exporter.target.choices, **exporter.choices},
-            "profile": request.profile,
+            "profile": request.profile.name if request.profile else None,
             "golden": request.golden,
             "modules": self.modules,
         }
 
 
-def _cache(program: Program) -> dict[str, Any]:
-    arguments = [
-        {
-            "index": i,
-            "name": v.name,
-            "shape": list(v.spec.shape),
-            "dtype": np.dtype(v.spec.dtype).name,
-            "bytes": v.nbytes,
-            "result": next(r for r, a in program.aliases.items() if a == i),
-        }
-        for i, v in enumerate(program.arguments)
-        if v.kind == "cache"
-    ]
-    rule = (
-        "donated: each result takes the memory of its argument. Arrays are [layers, slots, places, width], but for "
-        "lengths [slots]. length[b] is the only truth about positions: roll back k tokens by subtracting k; an empty "
-        "sequence has length 0, whatever the other arrays hold."
-    )
-    return {"arguments": arguments, "bytes": sum(a["bytes"] for a in arguments), "rule": rule}
+def _places(programs: Sequence[Program]) -> dict[str, dict[str, int]]:
+    """By parameter, which argument of each program it is: the draft module's programs take more of them."""
+    found: dict[str, dict[str, int]] = {}
+    for program in programs:
+        for i, value in enumerate(program.arguments):
+            found.setdefault(value.name, {})[program.shape.name] = i
+    return found
 
 
 def _sha256(path: Path) -> str:
@@ -316,18 +331,26 @@ def export(
     """
     check_new_folder(out)
     programs = [exporter.program(shape) for shape in request.shapes]
-    params: Tree | None = None
-    if request.golden != "none":
-        assert request.checkpoint is not None
-        mtp = any(is_draft(shape.phase) for shape in request.shapes)
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        weights_as = exporter.target.weights
-        _, params, _ = load(request.checkpoint, weights=weights_as, mtp=mtp, sharding=single, cut=exporter.cut)
     with new_folder(out) as folder:
         writer = Writer(folder, exporter, request, say)
         for program in programs:
-            writer.program(program, params)
+            writer.program(program)
+        writer.refuse()
+        params = _load(exporter, request)  # the first thing that takes long: what is refused has been by now
+        if params is not None:
+            for program in programs:
+                writer.numbers(program, params)
         if request.blocks:
             for block in blocks(programs, params):
                 writer.block(block)
         return writer.finish(programs, model)
+
+
+def _load(exporter: Exporter, request: Request) -> Tree | None:
+    """The checkpoint on one device; None where nothing is computed."""
+    if request.golden == "none":
+        return None
+    assert request.checkpoint is not None
+    mtp = any(is_draft(shape.phase) for shape in request.shapes)
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return load(request.checkpoint, weights=exporter.target.weights, mtp=mtp, sharding=single, cut=exporter.cut)[1]

@@ -44,7 +44,8 @@ def edge_inputs(operator: str, inputs: Arrays) -> Arrays | None:
         _zeros(out[0])
         rows[2], rows[3] = rows[2] * rows.dtype.type(2.0**20), rows[3] * rows.dtype.type(2.0**-20)
     elif operator in _GATES:
-        rows[...] = np.floor(rows.astype(np.float32) * 2).astype(rows.dtype) / 2 + rows.dtype.type(0)  # few levels
+        # Few levels, none of which is another's negative: sigmoids of such add up to 1 in any pair, but for rounding.
+        rows[...] = (np.floor(rows.astype(np.float32) * 2) / 2 + 0.125).astype(rows.dtype)
         rows[0] = 0  # all tie
         rows[1] = rows[1, 0]
         if operator == "moe_gate" and len(out) > 1:

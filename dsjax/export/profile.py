@@ -7,15 +7,20 @@ of `dsjax export` removes it, or that none does.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dsjax.config import read_json_object
 from dsjax.errors import InputError
 from dsjax.export.artifact import parse_version
+from dsjax.export.inventory import SCHEMA
+from dsjax.export.vocabulary import known, near
+from dsjax.operators import operators
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {
     "--target": ("typed", "typed-fp8", "portable", "bfloat16", "float16", "float32", "w8a8", "w4a8"),
@@ -23,7 +28,6 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "--moe": ("loop", "ragged", "dense"),
     "--spmd": ("manual", "auto"),
     "--numerics": ("plain", "native"),
-    "--composites": ("off",),
 }
 """What a rule may name as remedy, besides "none"."""
 
@@ -78,7 +82,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A compiler's rules, those of the profiles that it extends last."""
+    """A compiler's rules, those of the profiles that it extends last; a user's file is called without its folder."""
 
     name: str
     title: str
@@ -88,20 +92,41 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Violation:
-    """What of a module a profile does not take; as text, one line."""
+    """What of a module a profile does not take; as text, one line.
 
+    Attributes:
+      kind: the rule's.
+      name: of what is there or lacking; None for limits.
+      what: the same for a person.
+      where: in the model, outermost named operators first; ("whole module",) where that cannot be told.
+      switch, source, reason, level, date: the rule's.
+      written, executed: how often; None for what is not counted.
+    """
+
+    kind: str
+    name: str | None
     what: str
-    where: str
+    where: tuple[str, ...]
     switch: str
     source: str
-    reason: str = ""
-    level: str = "refused"
-    date: str = ""
+    reason: str
+    level: str
+    date: str
+    written: int | None = None
+    executed: int | None = None
 
     def __str__(self) -> str:
-        remedy = "no switch removes it" if self.switch == "none" else f"{self.switch} removes it"
-        reason = f": {self.reason}" if self.reason else ""
-        return f"{self.level}: {self.what}{reason}; where: {self.where}; {remedy} [{self.source}, {self.date}]"
+        counts = "" if self.written is None else f" ({self.written} written, {self.executed} executed)"
+        where = ", ".join(self.where)
+        return (
+            f"{self.level}: {self.what}{counts}: {self.reason}; where: {where}; {remedy(self.switch)} "
+            f"[{self.source}, {self.date}]"
+        )
+
+
+def remedy(switch: str) -> str:
+    """What a switch does, in words."""
+    return "no switch removes it" if switch == "none" else f"{switch} removes it"
 
 
 def names() -> tuple[str, ...]:
@@ -123,13 +148,22 @@ def _load(name: str, within: tuple[str, ...]) -> Profile:
     if name in within:
         raise InputError(f"{name}: extends: expected no circle, found {' > '.join((*within, name))}")
     table = _read(name)
-    _expect(name, set(table) <= {"title", "note", "extends", "rule"}, "title, note, extends and rules", sorted(table))
+    keys = {"title", "note", "extends", "takes", "rule"}
+    _expect(name, set(table) <= keys, "title, note, extends, takes and rules", sorted(table))
     _expect(name, isinstance(table.get("title"), str), "a title", table.get("title"))
     rules = table.get("rule", [])
     _expect(name, isinstance(rules, list) and bool(rules or table.get("extends")), "rules", rules)
     own = [_rule(f"{name}: rule {i + 1}", rule) for i, rule in enumerate(rules)]
-    inherited = [r for other in _texts(name, table, "extends") for r in _load(other, (*within, name)).rules]
-    return Profile(name, table["title"], (*own, *inherited), table.get("note", ""))
+    takes = _texts(name, table, "takes")
+    inherited = [rule for other in _texts(name, table, "extends") for rule in _load(other, (*within, name)).rules]
+    for pattern in takes:
+        forbidden = any(_matches(pattern, rule.forbid) for rule in inherited)
+        _expect(f"{name}: takes", forbidden, "what the profiles that it extends forbid", pattern)
+    excused = [
+        dataclasses.replace(rule, but=(*rule.but, *(p for p in takes if _matches(p, rule.forbid))))
+        for rule in inherited
+    ]
+    return Profile(Path(name).stem, table["title"], (*own, *excused), table.get("note", ""))
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -174,14 +208,21 @@ def _rule(where: str, table: Any) -> Rule:
     patterns = {key: _texts(where, table, key) for key in ("forbid", "allow", "require")}
     given = [key for key, found in patterns.items() if found]
     _expect(where, len(given) == (kind in _COUNTED), "one of forbid, allow and require, or most for limits", given)
+    patterns["but"] = _texts(where, table, "except")
+    for pattern in itertools.chain(*patterns.values()):
+        if not known(kind, pattern):
+            raise InputError(f"{where}: expected the name of some {kind}, found {pattern!r}{near(kind, pattern)}")
     inside = table.get("switch_in", {})
     _expect(f"{where}: switch_in", isinstance(inside, dict), "a table", inside)
+    known_operators = {operator.name for operator in operators()} if inside else set()
+    for name in inside:
+        _expect(f"{where}: switch_in", name in known_operators, "named operators (dsjax ops)", name)
     for switch in (table["switch"], *inside.values()):
         flag, _, value = str(switch).partition(" ")
-        known = switch == "none" or value in SWITCHES.get(flag, ())
-        _expect(f"{where}: switch", known, f"none or one of {', '.join(SWITCHES)} with its value", switch)
+        right = switch == "none" or value in SWITCHES.get(flag, ())
+        _expect(f"{where}: switch", right, f"none or one of {', '.join(SWITCHES)} with its value", switch)
     told: dict[str, Any] = {key: table[key] for key in ("reason", "source", "date", "switch")} | patterns
-    return Rule(kind, **told, but=_texts(where, table, "except"), most=most, level=level, switch_in=dict(inside))
+    return Rule(kind, **told, most=most, level=level, switch_in=dict(inside))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -192,8 +233,9 @@ def _place(place: Mapping[str, Any]) -> str:
     return " > ".join(place["operators"]) or place["place"]
 
 
-def _violation(rule: Rule, what: str, where: str, switch: str) -> Violation:
-    return Violation(what, where, switch, rule.source, rule.reason, rule.level, rule.date)
+def _violation(rule: Rule, what: str, where: Sequence[str] = ("whole module",), **more: Any) -> Violation:
+    told = {key: getattr(rule, key) for key in ("kind", "switch", "source", "reason", "level", "date")}
+    return Violation(**{**told, "name": None, "what": what, "where": tuple(dict.fromkeys(where)), **more})
 
 
 def _counted(rule: Rule, inventory: Mapping[str, Any]) -> Iterator[Violation]:
@@ -204,20 +246,20 @@ def _counted(rule: Rule, inventory: Mapping[str, Any]) -> Iterator[Violation]:
             found |= {name: {"text": n, "executed": 0} for name, n in inner.items() if name not in found}
     if rule.require:
         if not any(_matches(name, rule.require) for name in found):
-            yield _violation(rule, f"no {' or '.join(rule.require)}", "whole module", rule.switch)
+            lacking = " or ".join(rule.require)
+            yield _violation(rule, f"no {lacking}", name=lacking)
         return
     for name in sorted(found):
         bad = _matches(name, rule.forbid) if rule.forbid else not _matches(name, rule.allow)
         if not bad or _matches(name, rule.but):
             continue
-        entry = found[name]
-        counts = f" ({entry['text']} written, {entry['executed']} executed)" if "text" in entry else ""
         by_switch: dict[str, list[str]] = {}
         for place in inventory["where"].get(name, ()):
             remedies = [rule.switch_in[o] for o in reversed(place["operators"]) if o in rule.switch_in]
             by_switch.setdefault(remedies[0] if remedies else rule.switch, []).append(_place(place))
+        counts = {"written": found[name].get("text"), "executed": found[name].get("executed")}
         for switch, places in (by_switch or {rule.switch: ["whole module"]}).items():
-            yield _violation(rule, f"{rule.kind} {name}{counts}", ", ".join(dict.fromkeys(places)), switch)
+            yield _violation(rule, f"{rule.kind} {name}", places, name=name, switch=switch, **counts)
 
 
 def check(profile: Profile, inventory: Mapping[str, Any]) -> list[Violation]:
@@ -230,14 +272,38 @@ def check(profile: Profile, inventory: Mapping[str, Any]) -> list[Violation]:
         if rule.kind in _COUNTED:
             found += _counted(rule, inventory)
             continue
-        value = inventory[_LIMITED[rule.kind]]
+        value, where = inventory[_LIMITED[rule.kind]], "whole module"
         if rule.kind == "version":
             if parse_version(value) > parse_version(str(rule.most)):
-                found.append(_violation(rule, f"StableHLO {value}, above {rule.most}", "whole module", rule.switch))
-        else:
-            where = "whole module"
-            if rule.kind == "constant":
-                value, where = value["bytes"], f"a constant {value['type']}"
-            if value > int(rule.most or 0):
-                found.append(_violation(rule, f"{rule.kind} of {value:,}, above {rule.most:,}", where, rule.switch))
+                found.append(_violation(rule, f"StableHLO {value}, above {rule.most}"))
+            continue
+        if rule.kind == "constant":
+            value, where = value["bytes"], f"a constant {value['type']}"
+        if value > int(rule.most or 0):
+            found.append(_violation(rule, f"{rule.kind} of {value:,}, above {rule.most:,}", [where]))
     return sorted(dict.fromkeys(found), key=lambda v: _LEVELS.index(v.level))
+
+
+def check_bundle(profile: Profile, folder: Path) -> dict[str, list[Violation]]:
+    """The same of a bundle's programs, by name, as its inventory.json tells them.
+
+    Raises:
+      InputError: if there is no such file, or it is damaged.
+    """
+    path = folder / "inventory.json"
+    content = read_json_object(path)
+    if content.get("schema") != SCHEMA:
+        raise InputError(f"{path}: expected schema {SCHEMA}, found {content.get('schema')!r}")
+    try:
+        return {name: check(profile, found) for name, found in content["modules"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise InputError(f"{path}: expected an inventory, found one without {e}") from None
+
+
+def describe(rule: Rule) -> str:
+    """A rule in words, without what stands behind it."""
+    if rule.most is not None:
+        return f"{rule.kind} of at most {rule.most}"
+    verb = "forbid" if rule.forbid else "allow only" if rule.allow else "require"
+    but = f" but {', '.join(rule.but)}" if rule.but else ""
+    return f"{verb} {rule.kind} {', '.join(rule.forbid or rule.allow or rule.require)}{but}"

@@ -36,12 +36,14 @@ class Work:
       flops: operations by element type, a multiply-add being two.
       parts: the same by module, with "attention over the context".
       weight_bytes, cache_bytes: read at least once.
+      reads: the former by module.
     """
 
     flops: dict[str, float]
     parts: dict[str, float]
     weight_bytes: float
     cache_bytes: float
+    reads: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,29 +114,29 @@ def _element(row: Row, leaf: QArray | object, placement: Placement) -> str:
 
 
 @lru_cache(maxsize=256)
-def _matrices(placement: Placement, slots: int, tokens: int) -> tuple[dict[tuple[str, str], float], float]:
-    """(operations by module and element type, weight bytes) of one card's products with matrices in a step."""
+def _matrices(placement: Placement, slots: int, tokens: int) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
+    """(operations by module and element type, weight bytes by module) of one card's products with matrices."""
     c, n = placement.config, slots * tokens
     operations: dict[tuple[str, str], float] = {}
-    read = 0.0
+    reads: dict[str, float] = {}
     group = n * math.prod(placement.layout.rules.extents[axis] for axis in dispatch_axes(placement))
     ends = slots * gathered_slots(placement)
     for row, leaf in placement.leaves:
-        nbytes = float(tree_bytes(leaf))
+        nbytes, module = float(tree_bytes(leaf)), module_of(row)
         if row.storage == INTEGER or (row.path == ("embed",) and not c.tie_word_embeddings):  # looked up
-            read += nbytes * min(tokens * ends / leaf.shape[-2], 1.0)
+            reads[module] = reads.get(module, 0.0) + nbytes * min(tokens * ends / leaf.shape[-2], 1.0)
             continue
         if row.experts:
             share, here = chosen_share(row.experts, c.num_experts_per_tok, group), leaf.shape[-3]
-            read += nbytes * distinct_experts(here, row.experts // here, share) / here
+            nbytes *= distinct_experts(here, row.experts // here, share) / here
             times = group * c.num_experts_per_tok / row.experts
         else:
-            read += nbytes
             times = ends if row.path in (("head",), ("embed",)) else n
+        reads[module] = reads.get(module, 0.0) + nbytes
         if row.storage != VECTOR and len(row.dims) == 2 and row.axes[0] != "ratio":
-            key = module_of(row), _element(row, leaf, placement)
+            key = module, _element(row, leaf, placement)
             operations[key] = operations.get(key, 0.0) + 2.0 * math.prod(leaf.shape) * times
-    return operations, read
+    return operations, reads
 
 
 def work(placement: Placement, slots: int, tokens: int, context: int) -> Work:
@@ -143,7 +145,7 @@ def work(placement: Placement, slots: int, tokens: int, context: int) -> Work:
     Logits of the last token only. `kv_b` counts once per new token where attention is absorbed, and once per cached
     position where it is naive.
     """
-    matrices, weight_bytes = _matrices(placement, slots, tokens)
+    matrices, reads = _matrices(placement, slots, tokens)
     operations = dict(matrices)
     naive = _naive(placement, tokens)
     if naive:
@@ -159,7 +161,7 @@ def work(placement: Placement, slots: int, tokens: int, context: int) -> Work:
     for (part, element), count in operations.items():
         flops[element] = flops.get(element, 0.0) + count
         parts[part] = parts.get(part, 0.0) + count
-    return Work(flops, parts, weight_bytes, cache_bytes)
+    return Work(flops, parts, sum(reads.values()), cache_bytes, dict(reads))
 
 
 def _naive(placement: Placement, tokens: int) -> bool:
