@@ -50,8 +50,8 @@ class RowFormat:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the row's elements."""
-        return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.uint16}.get(self.kind, jnp.uint8))
+        """Of the row's elements. Bits are signed: IREE 3.13 cannot put unsigned ones into a loop's array."""
+        return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.int16}.get(self.kind, jnp.int8))
 
     @property
     def width(self) -> int:
@@ -71,6 +71,10 @@ class RowFormat:
         """Values, already rounded to the activation dtype, as rows."""
         if self.kind == "float32":
             return x.astype(jnp.float32)
+        return lax.bitcast_convert_type(self._encode(x), self.dtype)
+
+    def _encode(self, x: Float[Array, "*batch channels"]) -> Shaped[Array, "*batch width"]:
+        """The same as unsigned codes."""
         if self.kind == "bfloat16":
             return encode(x, BF16)
         if self.kind == "fp4":
@@ -88,6 +92,7 @@ class RowFormat:
             return rows
         if self.kind == "bfloat16":
             return lax.bitcast_convert_type(rows, jnp.bfloat16)
+        rows = lax.bitcast_convert_type(rows, jnp.uint8)
         if self.kind == "fp4":
             at = self.channels // 2
             return dequantise_rows(rows[..., :at], rows[..., at:], E2M1, INDEX_GROUP).astype(jnp.bfloat16)

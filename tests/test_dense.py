@@ -212,7 +212,7 @@ def test_blocks_of_queries_and_keys(numerics: Numerics, monkeypatch: pytest.Monk
     bound = BOUND if numerics is FLOAT32 else 1e-3  # a flipped rounding shows
     rows = jnp.asarray(np.tile(model.tokens, (2, 1))[:, :24], jnp.int32)
     empty = _empty(model, 4, 40, numerics)
-    nan = jnp.asarray(np.nan, jnp.float32) if numerics is FLOAT32 else jnp.uint16(0x7FC0)
+    nan = jnp.asarray(np.nan, jnp.float32) if numerics is FLOAT32 else jnp.int16(0x7FC0)
     empty = dataclasses.replace(empty, rows=jnp.full_like(empty.rows, nan))
     results = []
     for queries, keys in ((128, 256), (4, 8)):
@@ -253,7 +253,7 @@ def test_bfloat16_and_native(name: str) -> None:
     logits = {FLOAT32: _reference(name)[0]}
     for numerics in (PLAIN, NATIVE):
         logits[numerics], hidden, cache = one_shot(model, model.tokens, numerics.for_checkpoint(model.config))
-        assert (hidden.dtype, cache.rows.dtype) == (jnp.bfloat16, jnp.uint16)
+        assert (hidden.dtype, cache.rows.dtype) == (jnp.bfloat16, jnp.int16)
 
     def median(a: Numerics, b: Numerics) -> float:
         rows = zip(*(logits[n].reshape(-1, logits[n].shape[-1]) for n in (a, b)), strict=True)

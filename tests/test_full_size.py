@@ -201,7 +201,7 @@ def test_exports(config: Config, tokens: int) -> None:
     assert again.out_tree == jax.tree.structure((0, 0, cache))
     results = [(a.shape, a.dtype) for a in again.out_avals]
     assert results[:2] == [((1, 129280), jnp.float32), ((1, tokens, 7168), jnp.bfloat16)]
-    assert results[2:] == [(cache.rows.shape, jnp.uint16), ((1,), jnp.int32)]
+    assert results[2:] == [(cache.rows.shape, jnp.int16), ((1,), jnp.int32)]
     assert len(blob) < 1 << 20  # no constant of any size is inside
 
 

@@ -76,7 +76,7 @@ def test_blocks_of_queries(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 1e-3 if form == "native" else BOUND  # native rounds to bfloat16 as it goes: a flipped rounding shows
     rows = jnp.asarray(np.tile(model.tokens, (2, 1))[:4, :24], jnp.int32)
     empty = init_cache(model.config, numerics, 4, 40)
-    nan = jnp.asarray(np.nan, jnp.float32) if numerics.dtype == "float32" else jnp.uint16(0x7FC0)
+    nan = jnp.asarray(np.nan, jnp.float32) if numerics.dtype == "float32" else jnp.int16(0x7FC0)
     empty = dataclasses.replace(empty, rows=jnp.full_like(empty.rows, nan))
     results = []
     for size, keys in ((128, 256), (4, 8)):
@@ -246,7 +246,7 @@ def test_insert_refuses() -> None:
     for cache, bad, message in (
         (stepper.cache, dataclasses.replace(state, version=1), "expected version 2, found 1"),
         (stepper.cache, dataclasses.replace(state, length=8), r"expected float32 \(2, 8, 40\)"),
-        (bfloat16, state, "expected uint16"),
+        (bfloat16, state, "expected int16"),
         (other_model, state, r"\(3, 9, 40\)"),
         (tiny, state, "9 tokens do not fit a cache of 8"),
     ):

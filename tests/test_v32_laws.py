@@ -318,7 +318,7 @@ def test_insert_refuses() -> None:
         (_empty(model), dataclasses.replace(state, arrays={"rows": rows}), "expected rows, index, found rows"),
         (_empty(model), dataclasses.replace(state, arrays=wide), r"index: expected float32 \(3, 9, 32\)"),
         (other, state, r"rows: expected float32 \(2, 9, 144\)"),
-        (native, state, "expected uint8"),
+        (native, state, "expected int8"),
     ):
         with pytest.raises(InputError, match=message):
             insert(cache, 0, bad)

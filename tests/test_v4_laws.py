@@ -588,8 +588,8 @@ def test_insert_refuses() -> None:
             changed("csa.entries", state.arrays["csa.entries"][:, :3]),
             r"csa.entries: expected .* found .*, 3, 32",
         ),
-        (cache, changed("window", state.arrays["window"].astype(np.uint16)), "window: expected float32.*found uint16"),
-        (empty("pro", numerics=Numerics("plain", "bfloat16")), state, "window: expected uint16"),
+        (cache, changed("window", state.arrays["window"].astype(np.int16)), "window: expected float32.*found int16"),
+        (empty("pro", numerics=Numerics("plain", "bfloat16")), state, "window: expected int16"),
         (empty("flash"), state, r"window: expected float32 \(6, 20, 32\), found float32 \(4, 19, 32\)"),
         (
             empty("window-native", numerics=Numerics("plain", "float32")),
@@ -785,7 +785,7 @@ def test_scanned_equals_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exports() -> None:
     """A step as bytes, read back: the cache keeps its capacity and what is None in it, no bit of a result differs."""
     one, cache = model("csa-native"), _random_cache("csa-native", (131, 5), NATIVE)
-    cache = jax.tree.map(lambda a: a & 63 if a.dtype == jnp.uint8 else a, cache)  # no code of them is huge
+    cache = jax.tree.map(lambda a: a & 63 if a.dtype == jnp.int8 else a, cache)  # no code of them is huge
     step = jax.jit(partial(v4.step, one.config, NATIVE))
     arguments = one.params, cache, jnp.asarray(one.tokens[:2, :1]), counts(1, 1)
     exported = export.export(step)(*arguments)

@@ -86,7 +86,7 @@ def test_key_rows() -> None:
     """Codes, scales and rotary bits as DeepSeek's cache holds them; decoded, what its fake quantisation gives."""
     row = RowFormat("fp8", SMALL["head_dim"], SMALL["qk_rope_head_dim"])
     x = _wide(200, row.channels, key=3)
-    rows = np.asarray(jax.jit(row.encode)(to_jax(x)))
+    rows = np.asarray(jax.jit(row.encode)(to_jax(x))).view(np.uint8)
     codes, scales = em.act_quant(x[:, : row.nope], 64)
     np.testing.assert_array_equal(rows[:, : row.nope], codes.view(np.uint8))
     end = row.nope + 2 * row.rope
@@ -100,7 +100,7 @@ def test_key_rows() -> None:
 def test_indexer_rows() -> None:
     row = RowFormat("fp4", SMALL["index_head_dim"])
     x = _wide(200, row.channels, key=4)
-    rows = np.asarray(jax.jit(row.encode)(to_jax(x)))
+    rows = np.asarray(jax.jit(row.encode)(to_jax(x))).view(np.uint8)
     codes, scales, values = em.fp4_fake_quant(x)
     np.testing.assert_array_equal(rows[:, : row.channels // 2], em.fp4_pack(codes).view(np.uint8))
     np.testing.assert_array_equal(rows[:, row.channels // 2 :], em.ue8m0_encode(scales))

@@ -89,7 +89,8 @@ class _Teller:
         self.device.current = number if number >= 0 else None
 
     def call(self, operator: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
-        bits = (a.view(jnp.bfloat16) if a.dtype == np.uint16 else a for a in outputs)  # as caches hold bfloat16
+        rows = {np.dtype(np.int16): jnp.bfloat16, np.dtype(np.int8): np.uint8} if operator == "write_rows" else {}
+        bits = (a.view(rows.get(a.dtype, a.dtype)) for a in outputs)  # as caches hold them
         order, layer = self.device.calls, self.device.current
         self.device.taps += [Tap(order, layer, operator, i, a.copy(), self.block) for i, a in enumerate(bits)]
         self.device.calls += 1

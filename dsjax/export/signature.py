@@ -141,8 +141,9 @@ def caches(cache: Any, specs: Any) -> list[Value]:
     for (path, array), part in zip(jax.tree_util.tree_leaves_with_path(cache), parts, strict=True):
         name = ".".join(["cache", *(str(getattr(k, "name", getattr(k, "key", k))) for k in path)])
         held = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        bits = array.dtype == jnp.uint16  # bfloat16's, which the cache holds as integers for XLA:CPU's sake
-        spec = jax.ShapeDtypeStruct(array.shape, jnp.bfloat16) if bits else held
+        # The cache holds bits, signed (`quant.rows`); of programs they are what they stand for.
+        dtype = {"int16": jnp.bfloat16, "int8": jnp.uint8}.get(array.dtype.name, array.dtype)
+        spec = jax.ShapeDtypeStruct(array.shape, dtype)
         found.append(Value("cache", name, spec, held, part))
     return found
 
