@@ -40,12 +40,14 @@ def v4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONG = (
     *(
         "test_parallel",
+        "test_export",
         "test_v4_laws",
         "test_emulator_v4",
         "test_aot",
         "test_v4_native",
         "test_parallel_native",
         "test_v32_laws",
+        "test_operators_in_models",
     ),
     *(
         "test_full_size",

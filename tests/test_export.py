@@ -308,6 +308,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--model", "deepseek-v3", "--weights", "copy"], "--weights copy"),
         (["--model", "deepseek-v3", "--moe", "ragged", "--target", "w8a8"], "--moe ragged"),
         (["--model", "deepseek-v3", "--phases", "decode,decode"], "once"),
+        (["--model", "deepseek-v3", "--weights", "none", "--synthetic-golden"], "--weights none"),
+        (["--model", "deepseek-v3", "--topk", "loop", "--op", "top_k=sort"], "--op top_k=sort"),
         (["--model", "deepseek-v3", "--spmd", "auto"], "--mesh"),
         (["--model", "deepseek-r1-distill-qwen-1.5b", "--phases", "mtp"], "draft module"),
         (["--model", "deepseek-v3", "--profile", "nobody", "--length", "32"], "nobody"),

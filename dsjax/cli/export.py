@@ -37,6 +37,8 @@ from sharding import Plan
 
 TOP_K = {"chlo": {}, "sort": {"top_k": "sort"}, "loop": {"top_k": "loop", "sort_assignments": "count"}}
 MOE = ("loop", "ragged", "dense")
+RECORDED = ("chunk", "mla", "kv", "attention", "o_groups", "topk", "moe", "weights", "seed")
+"""Flags that nothing else in a manifest tells."""
 
 
 def _numbers(text: str) -> list[int]:
@@ -107,12 +109,20 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
 
 
 def switches_of(options: argparse.Namespace) -> dict[str, str]:
-    """The flags that choose variants of operators; --op has the last word."""
+    """The flags that choose variants of operators; --op adds to them.
+
+    Raises:
+      InputError: if they contradict each other.
+    """
     chosen = dict(TOP_K[options.topk])
     if options.moe != "loop":
         chosen["grouped_matmul"] = options.moe
     if options.moe == "ragged" and options.target in ("w8a8", "w4a8"):
         raise InputError(f"--moe ragged: expected float activations, found --target {options.target}")
+    for name, variant in options.op:
+        if chosen.get(name, variant) != variant:
+            flag = "--moe" if name == "grouped_matmul" else "--topk"
+            raise InputError(f"--op {name}={variant}: expected {chosen[name]}, as {flag} says, or no {flag}")
     return {**chosen, **dict(options.op)}
 
 
@@ -143,6 +153,10 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict
     raw = synth_config(options.model, layers=options.layers, settings=settings)
     config = parse_config(raw, options.model)
     _check_length(options, config)
+    if options.synthetic_golden and options.weights in ("reference", "none"):
+        raise InputError(
+            f"--weights {options.weights}: expected copy with --synthetic-golden: its weights are gone after"
+        )
     if not options.synthetic_golden:
         if options.weights in ("reference", "copy"):
             raise InputError(f"--weights {options.weights}: expected a checkpoint folder, found a preset")
@@ -196,6 +210,7 @@ def run(options: argparse.Namespace) -> int:
             weights,
             folder,
             golden,
+            {name: getattr(options, name) for name in RECORDED},
         )
         try:
             manifest = export(options.out, exporter, model, request, lambda line: note(f"dsjax: {line}"))

@@ -51,6 +51,7 @@ class Request:
       weights: "reference", "copy" or "none".
       checkpoint: folder with weights; None without.
       golden: "model", "synthetic" or "none".
+      flags: what else was asked for, for the manifest, so that a bundle can be made again.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Request:
     weights: str = "none"
     checkpoint: Path | None = None
     golden: str = "none"
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ProfileError(Exception):
@@ -292,6 +294,7 @@ class Writer:
             "switches": {**exporter.target.choices, **exporter.choices},
             "profile": request.profile.name if request.profile else None,
             "golden": request.golden,
+            "flags": dict(request.flags),
             "modules": self.modules,
         }
 
