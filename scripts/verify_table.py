@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -125,7 +126,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def tables(work: Path) -> tuple[list[str], list[str]]:
     """Markdown of all that was measured, and the gates that were missed."""
     lines = ["| model | target | numerics | " + " | ".join(CONSUMERS) + " |", "|---" * (3 + len(CONSUMERS)) + "|"]
-    lines_blocks, missed, notes = list(lines), [], []
+    lines_blocks, missed = list(lines), []
+    notes: dict[str, list[str]] = {}
     for case in cases():
         path = work / f"{case.replace('/', '+')}.json"
         if not path.exists():
@@ -138,13 +140,22 @@ def tables(work: Path) -> tuple[list[str], list[str]]:
             cells.append(whole_cell(whole, case.endswith("/float32")))
             block_cells.append(block_cell(parts))
             missed += [f"{case}: {name}: {p}: {why}" for p, r in programs.items() if (why := fault(case, name, p, r))]
-            notes += [f"- `{case}`, {name}, `{p}`: {r['why']}" for p, r in programs.items() if r["why"]]
+            for p, r in programs.items():
+                if r["why"]:
+                    notes.setdefault(f"{name}: {reason(r['why'])}", []).append(f"{case} {p.split('-b')[0]}")
         start = f"| {' | '.join(case.split('/'))} | "
         lines.append(start + " | ".join(cells) + " |")
         if any(block_cells):
             lines_blocks.append(start + " | ".join(block_cells) + " |")
     text = ["### Whole programs", "", *lines, "", "### Named operators", "", *lines_blocks, ""]
-    return [*text, *(["### Refusals", "", *notes, ""] if notes else [])], missed
+    told = [f"- {why}: {', '.join(sorted(set(programs)))}" for why, programs in notes.items()]
+    return [*text, *(["### Refusals", "", *told, ""] if told else [])], missed
+
+
+def reason(why: str) -> str:
+    """What a compiler complains of, without its command line and the types that it met."""
+    complaint = why.partition("error: ")[2] or why
+    return re.split(r" Invoked with:| <unknown>:| from \(| that remained", complaint)[0].strip()
 
 
 def fault(case: str, name: str, program: str, report: dict[str, Any]) -> str:
