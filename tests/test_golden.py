@@ -66,3 +66,5 @@ def test_ids_are_exact_in_blocks_and_no_bound_is_loose() -> None:
     others = golden.block_tolerances("act_quant", {"out0": codes, "out1": rows, "out2": rows.astype(np.float32)})
     assert [limits["strict"] for limits in others.values()] == [1e-2, 2.0**-7, 1e-5]
     assert not any("bound" in limits for limits in others.values())
+    bits = golden.block_tolerances("compressor", {"out0": np.zeros(4, np.int16)})["out0"]  # a cache's bfloat16
+    assert bits["strict"] == 1e-2 and "bound" not in bits

@@ -300,7 +300,7 @@ class Writer:
 
 
 def _places(programs: Sequence[Program]) -> dict[str, dict[str, int]]:
-    """By parameter, which argument of each program it is: the draft module's programs take more of them."""
+    """By parameter, which argument of each program that takes it."""
     found: dict[str, dict[str, int]] = {}
     for program in programs:
         for i, value in enumerate(program.arguments):

@@ -109,7 +109,7 @@ def make(program: Program, params: Tree) -> Golden:
 
 
 def _kind(dtype: np.dtype) -> str:
-    if dtype.kind in "iu" and dtype.itemsize == 1:
+    if dtype.kind in "iu" and dtype.itemsize <= 2:  # bits of FP8, FP4, INT8, or of bfloat16
         return "codes"
     return "integers" if dtype.kind in "iub" else "float32" if dtype == np.float32 else "bfloat16"
 
