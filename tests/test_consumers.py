@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func, stablehlo
 from verify_bundles import RANKS, decode, lift, portable, ranked, typed, write_bundle
 
-from dsjax.export.artifact import serialise
+from dsjax.export.artifact import of_ranks, serialise
 from dsjax.export.consumers import consumer
 from dsjax.export.consumers.base import Refused, copy_functions, main_function, new_context, parse
 from dsjax.export.consumers.estimate import estimate_seconds
@@ -29,7 +29,7 @@ from dsjax.export.consumers.interpreter import Interpreter, evaluate
 from dsjax.export.consumers.lockstep import merge
 from dsjax.export.consumers.tpu_aot import TpuAot
 from dsjax.export.consumers.worker import isolated
-from dsjax.export.consumers.xla import lay_out_rows
+from dsjax.export.consumers.xla import as_replica, lay_out_rows
 from dsjax.export.verify import verify
 
 
@@ -209,6 +209,16 @@ def _wide(code: bytes) -> bytes:
 def test_collectives_that_make_no_sense_are_refused(code: bytes, expected: str) -> None:
     with pytest.raises(Refused, match=expected):
         merge([code] * 4)
+
+
+def test_ranks_are_one_program_only_if_their_number_alone_differs() -> None:
+    """Whatever the files are: one that is not its rank's has them joined instead."""
+    text = "module {{ func.func public @main() -> tensor<ui32> {{ {} return %0 : tensor<ui32> }} }}"
+    program = text.format("%0 = stablehlo.partition_id : tensor<ui32>\n")
+    a, b, c = (code for _, code in of_ranks(program, "1.1.0", 3))
+    assert as_replica([a, b, c]) is not None
+    for others in ([a, c, b], [a, b, a], [a, a, b], [a, b, c[:-1]]):
+        assert as_replica(others) is None
 
 
 def test_groups_of_ranks_are_kept_apart() -> None:

@@ -171,8 +171,8 @@ class _Check:
             if not runs or program.golden is None:
                 return _compile(self.bundle, program, one, modules)
             given = arguments(self.bundle, program, self.checkpoint)
-            estimates = [f.estimate for f in facts if f.estimate is not None]
             if one.name == "interpreter":
+                estimates = [f.estimate for f in facts if f.estimate is not None]
                 total = Estimate(sum(e.seconds for e in estimates), all(e.exact for e in estimates))
                 self.say(f"{program.name}: the interpreter will take {total}")
                 if total.seconds > self.time_limit:

@@ -158,11 +158,13 @@ _NUMBER = 0xD1B54A33
 
 def _with_number(modules: Sequence[bytes]) -> bytes | None:
     """The artifact of all ranks with `_NUMBER` for each one's number, if four bytes that are it alone differ."""
-    first, last = modules[0], modules[-1]
+    first = modules[0]
     if any(len(module) != len(first) for module in modules) or _NUMBER.to_bytes(4, "little") in first:
         return None
-    differs = np.flatnonzero(np.frombuffer(first, np.uint8) != np.frombuffer(last, np.uint8))
-    at = int(differs[0])  # a number below 256: its lowest byte comes first
+    differs = np.flatnonzero(np.frombuffer(first, np.uint8) != np.frombuffer(modules[1], np.uint8))
+    if not differs.size:
+        return None
+    at = int(differs[0])  # the lowest byte of 0 and 1, which comes first
     head, tail = first[:at], first[at + 4 :]
     if any(module != head + rank.to_bytes(4, "little") + tail for rank, module in enumerate(modules)):
         return None
