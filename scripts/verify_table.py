@@ -36,9 +36,9 @@ from helpers_export import TWINS, twin_flags  # noqa: E402
 
 from dsjax.cli.main import main as dsjax  # noqa: E402
 from dsjax.errors import InputError  # noqa: E402
+from dsjax.export.program.targets import TARGETS  # noqa: E402
 from dsjax.export.standalone.arrays import read_safetensors  # noqa: E402
 from dsjax.export.standalone.errors import row_errors  # noqa: E402
-from dsjax.export.targets import TARGETS  # noqa: E402
 from dsjax.export.verify import verify  # noqa: E402
 
 CONSUMERS = ("jax", "interpreter", "iree", "pjrt")

@@ -23,7 +23,7 @@ from dsjax.align import taps
 from dsjax.checkpoint.load import load
 from dsjax.cli.align import before_jax
 from dsjax.cli.main import main
-from dsjax.export.inventory import inventory
+from dsjax.export.stablehlo.inventory import inventory
 from dsjax.generate import Engine
 from dsjax.models import family
 from dsjax.numerics import Numerics

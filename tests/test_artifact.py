@@ -11,8 +11,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from dsjax.errors import InputError
-from dsjax.export import artifact
 from dsjax.export.consumers.base import Refused, new_context, parse
+from dsjax.export.stablehlo import artifact
 
 F32 = jnp.float32
 

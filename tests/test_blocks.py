@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from dsjax.export.artifact import serialise, text
-from dsjax.export.blocks import Recorder, at_edges
 from dsjax.export.consumers import consumer
+from dsjax.export.golden.blocks import Recorder, at_edges
+from dsjax.export.stablehlo.artifact import serialise, text
 from quant.operator import Operator, tapping
 
 
@@ -59,7 +59,7 @@ def test_without_parameters_calls_are_traced_alone() -> None:
 
 
 def test_large_numbers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsjax.export.blocks.MOST_BYTES", 100)
+    monkeypatch.setattr("dsjax.export.golden.blocks.MOST_BYTES", 100)
     recorder = Recorder()
     with tapping(recorder):
         jax.block_until_ready(jax.jit(lambda x: SWIGLU(x, x, 0))(np.ones((4, 8), np.float32)))

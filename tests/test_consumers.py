@@ -20,7 +20,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func, stablehlo
 from verify_bundles import RANKS, decode, lift, portable, ranked, typed, write_bundle
 
-from dsjax.export.artifact import of_ranks, serialise
 from dsjax.export.consumers import consumer
 from dsjax.export.consumers.base import Refused, copy_functions, main_function, new_context, parse
 from dsjax.export.consumers.estimate import estimate_seconds
@@ -30,6 +29,7 @@ from dsjax.export.consumers.lockstep import merge
 from dsjax.export.consumers.tpu_aot import TpuAot
 from dsjax.export.consumers.worker import isolated
 from dsjax.export.consumers.xla import as_replica, lay_out_rows
+from dsjax.export.stablehlo.artifact import of_ranks, serialise
 from dsjax.export.verify import verify
 
 

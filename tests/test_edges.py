@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers_export import export_twin
 
-from dsjax.export.edges import edge_inputs, every_code
+from dsjax.export.golden.edges import edge_inputs, every_code
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.export.verify import verify
 

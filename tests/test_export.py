@@ -18,7 +18,7 @@ from dsjax.config import load_config
 from dsjax.export import bundle as bundles
 from dsjax.export.consumers import jax as jax_consumer
 from dsjax.export.consumers.base import main_function, new_context, parse
-from dsjax.export.inventory import inventory
+from dsjax.export.stablehlo.inventory import inventory
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.export.verify import verify
 from dsjax.params.accounting import _stored_bytes, is_mtp, table

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from helpers_export import export_twin
 
-from dsjax.export import golden
+from dsjax.export.golden import recorded
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.numerics import Numerics
 
 
 def test_draft_modules_prompt_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's hidden of every chunk goes to the draft module; its programs number parameters in their own way."""
-    monkeypatch.setattr(golden, "CHUNK", 4)
+    monkeypatch.setattr(recorded, "CHUNK", 4)
     bundle = tmp_path / "bundle"
     manifest = export_twin(
         bundle, "deepseek-v3", "--phases", "decode,mtp-prefill", "--chunk", "6", "--dtype", "float32"
@@ -44,7 +44,7 @@ def test_integers_are_exact_in_whole_programs() -> None:
     arrays = {"logits": np.zeros((1, 8), np.float32), "cache.length": np.zeros(1, np.int32)}
     arrays |= {"hidden": np.zeros((1, 8), ml_dtypes.bfloat16), "cache.rows": np.zeros((1, 8), np.uint8)}
     for numerics in (Numerics("plain", "float32"), Numerics("plain", "bfloat16"), Numerics("native", "bfloat16")):
-        found = golden.tolerances(_of(numerics), arrays)
+        found = recorded.tolerances(_of(numerics), arrays)
         assert (found["cache.length"]["strict"], found["cache.length"]["bound"]) == (0, 0)
         assert all(limits["reason"] for limits in found.values())
         judged = [name for name, limits in found.items() if limits.get("bound", 0.05) is not None]
@@ -58,13 +58,13 @@ def test_ids_are_exact_in_blocks_and_no_bound_is_loose() -> None:
     ids, codes = np.zeros((512, 8), np.int32), np.zeros((4, 8), np.uint8)
     flags, rows = np.zeros(3, bool), np.zeros((4, 8), ml_dtypes.bfloat16)
     for operator in ("moe_gate", "sqrtsoftplus_gate", "top_k", "sort_assignments"):
-        for limits in golden.block_tolerances(operator, {"out0": ids, "out1": flags}).values():
+        for limits in recorded.block_tolerances(operator, {"out0": ids, "out1": flags}).values():
             assert limits["strict"] == limits["bound"] == 0
-    indexer = golden.block_tolerances("lightning_indexer", {"out0": ids})["out0"]
+    indexer = recorded.block_tolerances("lightning_indexer", {"out0": ids})["out0"]
     assert indexer["strict"] == indexer["bound"] == 1e-3 and "swap" in indexer["reason"]
-    assert golden.block_tolerances("write_rows", {"out0": codes})["out0"]["bound"] == 0
-    others = golden.block_tolerances("act_quant", {"out0": codes, "out1": rows, "out2": rows.astype(np.float32)})
+    assert recorded.block_tolerances("write_rows", {"out0": codes})["out0"]["bound"] == 0
+    others = recorded.block_tolerances("act_quant", {"out0": codes, "out1": rows, "out2": rows.astype(np.float32)})
     assert [limits["strict"] for limits in others.values()] == [1e-2, 2.0**-7, 1e-5]
     assert not any("bound" in limits for limits in others.values())
-    bits = golden.block_tolerances("compressor", {"out0": np.zeros(4, np.int16)})["out0"]  # a cache's bfloat16
+    bits = recorded.block_tolerances("compressor", {"out0": np.zeros(4, np.int16)})["out0"]  # a cache's bfloat16
     assert bits["strict"] == 1e-2 and "bound" not in bits

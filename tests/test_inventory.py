@@ -11,10 +11,10 @@ import pytest
 from jax import lax
 from jaxlib.mlir import ir
 
-from dsjax.export import artifact
 from dsjax.export.consumers.base import new_context, parse
-from dsjax.export.inventory import inventory, operator_name
-from dsjax.export.loops import count
+from dsjax.export.stablehlo import artifact
+from dsjax.export.stablehlo.inventory import inventory, operator_name
+from dsjax.export.stablehlo.loops import count
 
 F32, I32 = jnp.float32, jnp.int32
 

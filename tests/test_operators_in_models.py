@@ -16,7 +16,7 @@ import pytest
 from helpers import FLOAT32, SEED, counts, golden, rng, worst
 from jaxlib.mlir import ir
 
-from dsjax.export.inventory import inventory
+from dsjax.export.stablehlo.inventory import inventory
 from dsjax.generate import Engine
 from dsjax.layers.ffn import MoE
 from dsjax.layers.norm import rms_norm

@@ -16,9 +16,9 @@ from jax import lax
 from dsjax.cli.export import add_flags
 from dsjax.cli.main import main
 from dsjax.errors import InputError
-from dsjax.export.inventory import inventory
-from dsjax.export.profile import SWITCHES, Violation, check, load, names
-from dsjax.export.vocabulary import known
+from dsjax.export.profiles.rules import SWITCHES, Violation, check, load, names
+from dsjax.export.profiles.vocabulary import known
+from dsjax.export.stablehlo.inventory import inventory
 
 F32 = jnp.float32
 ALL = {"generic", "tpu", "iree", "tenstorrent", "neuron", "no-fp8", "no-sort", "no-while-dynamic", "w8a8-npu"}

@@ -15,9 +15,9 @@ from helpers_export import export_twin
 from jax import lax
 
 from dsjax.cache.rows import round_capacity
-from dsjax.export.inventory import inventory
-from dsjax.export.page import Amount, Section, Table, html, markdown, scaled, svg_bars
-from dsjax.export.sites import attributes, digests, sites, stands_for
+from dsjax.export.report.page import Amount, Section, Table, html, markdown, scaled, svg_bars
+from dsjax.export.stablehlo.inventory import inventory
+from dsjax.export.stablehlo.sites import attributes, digests, sites, stands_for
 
 TABLE = Table(["part", "`a|b`", "c"], [["x<y", scaled(802_780, "B"), 7], ["`z`", Amount(0, "none"), None]], bars=2)
 PAGE = [Section("One & two", ["All of `x<y`.", TABLE])]

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from dsjax.export.artifact import serialise
 from dsjax.export.consumers.base import new_context
+from dsjax.export.stablehlo.artifact import serialise
 from dsjax.export.standalone import source
 
 RANKS = 4

@@ -12,7 +12,7 @@ import numpy as np
 from dsjax.align.taps import Tap, arrays
 from dsjax.config import Config
 from dsjax.errors import InputError
-from dsjax.export.targets import TARGETS
+from dsjax.export.program.targets import TARGETS
 from dsjax.generate import Engine
 from dsjax.numerics import Numerics
 from dsjax.parallel import Parallel

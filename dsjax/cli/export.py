@@ -17,12 +17,12 @@ from dsjax.cli.ops import operator_flags
 from dsjax.cli.profile import entries, lines
 from dsjax.config import Config, V4Config, load_config, parse_config, read_json_object
 from dsjax.errors import InputError
-from dsjax.export.artifact import check_version
 from dsjax.export.bundle import ProfileError, Request, export
-from dsjax.export.profile import load as load_profile
-from dsjax.export.profile import names as profile_names
-from dsjax.export.program import PHASES, Exporter, Shape
-from dsjax.export.targets import TARGETS, find_target
+from dsjax.export.profiles.rules import load as load_profile
+from dsjax.export.profiles.rules import names as profile_names
+from dsjax.export.program.exporter import PHASES, Exporter, Shape
+from dsjax.export.program.targets import TARGETS, find_target
+from dsjax.export.stablehlo.artifact import check_version
 from dsjax.generate import CHUNK
 from dsjax.layout import ATTENTION, O_GROUPS, layout
 from dsjax.numerics import Numerics

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.cli.common import print_json
-from dsjax.export.profile import Profile, Violation, check_bundle, describe, load, names, remedy
+from dsjax.export.profiles.rules import Profile, Violation, check_bundle, describe, load, names, remedy
 
 
 def add_flags(p: argparse.ArgumentParser) -> None:

@@ -17,14 +17,16 @@ from jaxlib.mlir import ir
 from dsjax.checkpoint.load import load
 from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
-from dsjax.export import account, artifact, golden, sites, weights
-from dsjax.export.blocks import Block, blocks
-from dsjax.export.inventory import inventory
-from dsjax.export.lift import lift, mark_aliases
-from dsjax.export.profile import Profile, Violation, check
-from dsjax.export.program import Exporter, Program, Shape, is_draft
-from dsjax.export.report import write_report
-from dsjax.export.signature import Value
+from dsjax.export.golden import recorded
+from dsjax.export.golden.blocks import Block, blocks
+from dsjax.export.profiles.rules import Profile, Violation, check
+from dsjax.export.program import account, weights
+from dsjax.export.program.exporter import Exporter, Program, Shape, is_draft
+from dsjax.export.program.lift import lift, mark_aliases
+from dsjax.export.program.signature import Value
+from dsjax.export.report.summary import write_report
+from dsjax.export.stablehlo import artifact, sites
+from dsjax.export.stablehlo.inventory import inventory
 from dsjax.export.standalone import source as verify_source
 from dsjax.files import check_new_folder, new_folder
 from dsjax.params import Tree
@@ -198,8 +200,8 @@ class Writer:
     def numbers(self, program: Program, params: Tree) -> None:
         """Writes one phase's goldens, which all ranks share."""
         self.say(f"{program.shape.name}: golden numbers")
-        made = golden.make(program, params)
-        self.golden(f"golden/{program.shape.name}", made, golden.tolerances(self.exporter, made.outputs))
+        made = recorded.make(program, params)
+        self.golden(f"golden/{program.shape.name}", made, recorded.tolerances(self.exporter, made.outputs))
 
     def refuse(self) -> None:
         """Says at once what the profile refuses of all programs.
@@ -217,7 +219,7 @@ class Writer:
         where = None
         if block.numbers is not None:
             where = f"golden/{block.name}"
-            limits = golden.block_tolerances(block.entry["operator"], block.numbers.outputs)
+            limits = recorded.block_tolerances(block.entry["operator"], block.numbers.outputs)
             self.golden(where, block.numbers, limits)
         stands = sites.stands_for(block.module, block.entry["operator"], self.sites)
         self.modules.append(block.entry | {"golden": where, "stands_for": stands, **self._chosen(block.entry)})
@@ -230,7 +232,7 @@ class Writer:
         attributes = sites.attributes(entry, self.request.raw)
         return {"variant": variant.name, "bound": variant.bound, "attributes": attributes}
 
-    def golden(self, where: str, numbers: golden.Golden, tolerance: dict[str, Any]) -> None:
+    def golden(self, where: str, numbers: recorded.Golden, tolerance: dict[str, Any]) -> None:
         """Writes golden inputs, outputs and what outputs may differ by."""
         folder = self.folder / where
         folder.mkdir()

@@ -16,14 +16,14 @@ import numpy as np
 
 from dsjax.checkpoint.safetensors_writer import write_file
 from dsjax.errors import InputError
-from dsjax.export.bundle_arrays import NoWeights, arguments
-from dsjax.export.bundle_reader import Bundle, Module, Program, Value, open_bundle
 from dsjax.export.consumers import consumer
 from dsjax.export.consumers.base import Arrays, Consumer, Misread, Ran, Refused, without_misreads
 from dsjax.export.consumers.estimate import Estimate
 from dsjax.export.consumers.examine import Facts, facts_of
 from dsjax.export.consumers.jax import Jax
 from dsjax.export.consumers.tpu_aot import TpuAot
+from dsjax.export.reading.arrays import NoWeights, arguments
+from dsjax.export.reading.reader import Bundle, Module, Program, Value, open_bundle
 from dsjax.export.standalone.arrays import BadInput
 from dsjax.export.standalone.verify import VERDICTS, Found, Golden, compare, find, passes, read_golden
 from dsjax.files import check_new_folder, new_folder

@@ -11,7 +11,7 @@ from jax._src.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from dsjax.export.artifact import artifact_version
+from dsjax.export.stablehlo.artifact import artifact_version
 
 Arrays = list[np.ndarray]
 

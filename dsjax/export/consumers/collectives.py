@@ -11,8 +11,8 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from dsjax.export.artifact import attribute_names
 from dsjax.export.consumers.base import Refused
+from dsjax.export.stablehlo.artifact import attribute_names
 
 _REDUCING = ("stablehlo.all_reduce", "stablehlo.reduce_scatter")
 COLLECTIVES = (*_REDUCING, "stablehlo.all_gather", "stablehlo.all_to_all", "stablehlo.collective_permute")

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from dsjax.export.consumers.base import callee, functions, main_function, new_context, parse
-from dsjax.export.loops import Known, Loops, Scope
+from dsjax.export.stablehlo.loops import Known, Loops, Scope
 
 SECONDS = 1.2e-6
 """Of one multiply-add, or of one element of a result, measured on one core of a small machine."""

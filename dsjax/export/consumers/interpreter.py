@@ -17,7 +17,7 @@ from jaxlib.mlir.dialects import stablehlo
 from dsjax.export.consumers.base import Arrays, Misread, Ran, main_function, new_context, parse
 from dsjax.export.consumers.lockstep import HOW, run_as_one
 from dsjax.export.consumers.worker import isolated
-from dsjax.export.operations import numpy_dtype
+from dsjax.export.stablehlo.operations import numpy_dtype
 
 _TASK = "dsjax.export.consumers.interpreter:evaluate"
 

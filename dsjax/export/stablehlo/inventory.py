@@ -16,9 +16,9 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.artifact import attribute_names, minimum_version
-from dsjax.export.loops import Known, Loops, Scope, callee
-from dsjax.export.operations import COLLECTIVES, collective, elements, features, scopes, tensor_bytes
+from dsjax.export.stablehlo.artifact import attribute_names, minimum_version
+from dsjax.export.stablehlo.loops import Known, Loops, Scope, callee
+from dsjax.export.stablehlo.operations import COLLECTIVES, collective, elements, features, scopes, tensor_bytes
 
 SCHEMA = 1
 PLACES = 12

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dsjax.cache.rows import ROW_BLOCK, SPARE
-from dsjax.export.program import Program, is_draft
-from dsjax.export.signature import Value
+from dsjax.export.program.exporter import Program, is_draft
+from dsjax.export.program.signature import Value
 from dsjax.plan.memory import activation_bytes, workspace_bytes
 from dsjax.plan.placement import Model, Placement, module_of
 from dsjax.plan.roofline import work

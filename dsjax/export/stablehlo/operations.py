@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxlib.mlir import ir
 
-from dsjax.export.artifact import attribute_names
-from dsjax.export.loops import comparison, terminator
+from dsjax.export.stablehlo.artifact import attribute_names
+from dsjax.export.stablehlo.loops import comparison, terminator
 
 COLLECTIVES = ("all_gather", "all_reduce", "all_to_all", "collective_broadcast", "collective_permute", "reduce_scatter")
 _STRUCTURE = re.compile(r"while|body|cond|closed_call|checkpoint|shmap_body|shard_map|branch_\d+_fun|p?jit|\w+:|")

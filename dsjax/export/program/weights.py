@@ -23,8 +23,8 @@ from dsjax.checkpoint.reading import Reader
 from dsjax.checkpoint.safetensors import Files, Tensor
 from dsjax.checkpoint.safetensors_writer import Spec, plan_layout
 from dsjax.config import Config, IntegerQuantization
-from dsjax.export.program import Exporter, Program
-from dsjax.export.signature import E4M3_OF_E2M1, Value
+from dsjax.export.program.exporter import Exporter, Program
+from dsjax.export.program.signature import E4M3_OF_E2M1, Value
 from dsjax.params import Row, Stored, official_storage, resident, table
 from dsjax.synth import official_specs
 from quant import E2M1

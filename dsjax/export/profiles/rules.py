@@ -17,9 +17,9 @@ from typing import Any
 
 from dsjax.config import read_json_object
 from dsjax.errors import InputError
-from dsjax.export.artifact import parse_version
-from dsjax.export.inventory import SCHEMA
-from dsjax.export.vocabulary import known, near
+from dsjax.export.profiles.vocabulary import known, near
+from dsjax.export.stablehlo.artifact import parse_version
+from dsjax.export.stablehlo.inventory import SCHEMA
 from dsjax.operators import operators
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {
@@ -131,7 +131,7 @@ def remedy(switch: str) -> str:
 
 def names() -> tuple[str, ...]:
     """The profiles that come with dsjax."""
-    folder = resources.files("dsjax.export").joinpath("profiles")
+    folder = resources.files(__package__)
     return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
 
 
@@ -172,7 +172,7 @@ def _read(name: str) -> dict[str, Any]:
             return tomllib.loads(Path(name).read_text(encoding="utf-8"))
         if name not in names():
             raise InputError(f"profile: expected one of {', '.join(names())} or a .toml file, found {name!r}")
-        file = resources.files("dsjax.export").joinpath("profiles", f"{name}.toml")
+        file = resources.files(__package__).joinpath(f"{name}.toml")
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{name}: cannot be read: {e.strerror}") from None

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsjax.config import Config
-from dsjax.export.targets import Target
+from dsjax.export.program.targets import Target
 from dsjax.params import VECTOR, Path, Row, Stored, Tree, leaves, official_storage
 from quant import BF16, E2M1, E4M3, E8M0, FORMATS, QArray
 

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jaxlib.mlir import ir
 
-from dsjax.export import artifact, golden
-from dsjax.export.edges import edge_inputs
-from dsjax.export.program import PLATFORM, Program, Shape
+from dsjax.export.golden import recorded
+from dsjax.export.golden.edges import edge_inputs
+from dsjax.export.program.exporter import PLATFORM, Program, Shape
+from dsjax.export.stablehlo import artifact
 from dsjax.params import Tree
 from quant.operator import PREFIX, Tap, tapping
 
@@ -84,12 +85,12 @@ class Recorder:
 
     def run(self, program: Program, params: Tree | None) -> None:
         """Traces a program of one device, and runs it on what goldens are made of if there are parameters."""
-        self.shape, step = program.shape, jax.jit(program.function, compiler_options=golden.options())
+        self.shape, step = program.shape, jax.jit(program.function, compiler_options=recorded.options())
         if params is None:
             with program.exporter.chosen(), tapping(self):
                 step.trace(*(v.spec for v in program.arguments))
             return
-        weights, inputs = golden.weights_of(program, params), golden.inputs_of(program, params)
+        weights, inputs = recorded.weights_of(program, params), recorded.inputs_of(program, params)
         with program.exporter.chosen(), tapping(self):
             jax.block_until_ready(step(*weights, *inputs))
         jax.effects_barrier()
@@ -108,7 +109,7 @@ class Block:
 
     name: str
     module: ir.Module
-    numbers: golden.Golden | None
+    numbers: recorded.Golden | None
     entry: dict[str, Any]
 
 
@@ -141,7 +142,7 @@ def at_edges(call: Call) -> Numbers | None:
     inputs = None if call.numbers is None else edge_inputs(call.operator, call.numbers[0])
     if inputs is None or sum(a.nbytes for a in inputs) > MOST_BYTES:
         return None
-    outputs = jax.jit(call.function, compiler_options=golden.options())(*inputs)
+    outputs = jax.jit(call.function, compiler_options=recorded.options())(*inputs)
     return inputs, [np.asarray(a) for a in outputs]
 
 
@@ -150,7 +151,7 @@ def _block(label: str, call: Call, numbers: Numbers | None) -> Block:
     arrays = None
     if numbers is not None:
         named = ({f"{side}{i}": a for i, a in enumerate(found)} for side, found in zip(sides, numbers, strict=True))
-        arrays = golden.Golden(*named)
+        arrays = recorded.Golden(*named)
 
     def values(specs: Specs, kind: str, side: str) -> list[dict[str, Any]]:
         return [

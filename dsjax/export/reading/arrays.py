@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import InputError
-from dsjax.export.bundle_reader import Bundle, Program, Value, byte_count, open_arrays
 from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.reading.reader import Bundle, Program, Value, byte_count, open_arrays
 from dsjax.export.standalone.arrays import BadInput
 from dsjax.export.standalone.manifest import inside
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.inventory import operator_name
-from dsjax.export.loops import callee, terminator
+from dsjax.export.stablehlo.inventory import operator_name
+from dsjax.export.stablehlo.loops import callee, terminator
 
 Names = frozenset[str]
 Origins = tuple[Names, ...]

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsjax.export.page import Amount, Cell, Section, Table, html, markdown, scaled
-from dsjax.export.profile import Violation, remedy
+from dsjax.export.profiles.rules import Violation, remedy
+from dsjax.export.report.page import Amount, Cell, Section, Table, html, markdown, scaled
 
 _HOW = (
     "Run the programs on `golden/*/inputs.safetensors`, write the results as "

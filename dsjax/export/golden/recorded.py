@@ -11,8 +11,8 @@ import numpy as np
 
 from dsjax.backend import compiler_options, platform_of
 from dsjax.config import V4Config
-from dsjax.export.program import Exporter, Program, Shape, is_draft, step_of
-from dsjax.export.signature import parameters
+from dsjax.export.program.exporter import Exporter, Program, Shape, is_draft, step_of
+from dsjax.export.program.signature import parameters
 from dsjax.generate import CHUNK
 from dsjax.models import family
 from dsjax.params import Tree

@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dsjax.config import Config
 from dsjax.errors import InputError
-from dsjax.export.signature import Value, caches, expand_fp4, parameters
-from dsjax.export.targets import Target
+from dsjax.export.program.signature import Value, caches, expand_fp4, parameters
+from dsjax.export.program.targets import Target
 from dsjax.layout import Layout
 from dsjax.models import family
 from dsjax.models.rank import rank_draft, rank_step

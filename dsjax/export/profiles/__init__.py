@@ -1,0 +1,1 @@
+"""What compilers take, as data (*.toml), and what of a module violates it."""

@@ -1,0 +1,1 @@
+"""A bundle read back, with nothing in it trusted."""

@@ -1,0 +1,1 @@
+"""StableHLO modules: written as files, read back, and what is in them."""
