@@ -48,7 +48,8 @@ NUMERICS = {
     "native": ("--numerics", "native"),
 }
 STORED = ("typed", "typed-fp8", "portable")
-BLOCKS = ("*/portable/float32", "*/portable/native", "deepseek-v4-flash/typed/native", "deepseek-v3/w8a8/bfloat16")
+BLOCKS = ("*/portable/native", "deepseek-v4-flash/typed/native", "*/w8a8/bfloat16", "*/bfloat16/bfloat16")
+"""Whose whole programs are not judged strictly."""
 SMALL = ("--chunk", "8")
 LENGTH = {"deepseek-v4-flash": "144", "deepseek-v4-pro": "144"}
 """At which decoding ends, 32 of others: V4's rings have wrapped, and an entry of 128 tokens is there."""

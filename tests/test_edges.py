@@ -60,6 +60,9 @@ def test_others_have_none(operator: str, inputs: list[np.ndarray]) -> None:
 def test_a_bundle_has_goldens_of_them(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     manifest = export_twin(bundle, "deepseek-v3.2", "--numerics", "native", "--blocks", "--phases", "prefill")
+    # Of both attentions, too: that to chosen keys does not run from the first position on.
+    assert not [m["name"] for m in manifest["modules"] if m["golden"] is None]
+    assert {"mla", "sparse_mla", "lightning_indexer"} <= {m["operator"] for m in manifest["modules"]}
     edges = {m["operator"]: m["name"] for m in manifest["modules"] if m["name"].endswith("-edges")}
     assert set(edges) >= {"rms_norm", "rope", "block_scaled_dot", "moe_gate", "grouped_matmul", "act_quant"}
     for name in edges.values():
