@@ -120,7 +120,7 @@ def lowered(program: Program) -> ir.Module:
     module = program.traced().compiler_ir("stablehlo")
     if program.exporter.manual:
         module = lift(module)
-    return mark_aliases(module, program.aliases, keep_shardings=program.exporter.spmd == "auto")
+    return artifact.as_read(mark_aliases(module, program.aliases, keep_shardings=program.exporter.spmd == "auto"))
 
 
 def check_shippable(found: dict[str, Any], program: Program) -> None:
@@ -137,7 +137,7 @@ def check_shippable(found: dict[str, Any], program: Program) -> None:
     largest = found["largest_constant"]["bytes"]
     if largest > LARGEST_CONSTANT:
         raise InputError(f"{name}: expected constants of at most {LARGEST_CONSTANT} bytes, found one of {largest}")
-    foreign = sorted(op for op in found["operators"] if op.split(".")[0] not in ("stablehlo", "func", "chlo"))
+    foreign = sorted(op for op in found["operators"] if op.split(".")[0] not in ("stablehlo", "func"))
     if foreign and program.exporter.spmd == "manual":
         raise InputError(f"{name}: expected StableHLO alone, found {', '.join(foreign)}")
 

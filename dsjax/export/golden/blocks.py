@@ -79,7 +79,7 @@ class Recorder:
 
         alone.__name__ = alone.__qualname__ = PREFIX + operator
         lowered = jax.jit(alone, keep_unused=True).trace(*given).lower(lowering_platforms=(PLATFORM,))
-        module = artifact.strip(lowered.compiler_ir("stablehlo"))
+        module = artifact.strip(artifact.as_read(lowered.compiler_ir("stablehlo")))
         gave = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lowered.out_info]
         call = Call(operator, function, module, given, gave, self.shape)
         return self.calls.setdefault((operator, artifact.text(module)), call).keep

@@ -167,7 +167,7 @@ _SOUGHT = 0x9E3779B9
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-    """A stripped module as bytecode: given a module itself, jaxlib 0.10.2 ends the process.
+    """A module as bytecode: given a module itself, jaxlib 0.10.2 ends the process.
 
     Attributes:
       shardy: whether it speaks of Shardy, which then stays as it is: else it would become custom calls.
@@ -177,8 +177,8 @@ class _Ready:
     shardy: bool
 
     @classmethod
-    def of(cls, stripped: ir.Module) -> _Ready:
-        return cls(_bytecode(stripped), "sdy." in text(stripped))
+    def of(cls, module: ir.Module) -> _Ready:
+        return cls(_bytecode(module), "sdy." in text(module))
 
     def portable(self, version: str) -> tuple[bytes, str]:
         """(artifact, "") or (b"", MLIR's complaint)."""
@@ -265,6 +265,20 @@ def of_ranks(stripped_text: str, version: str, ranks: int) -> Iterator[tuple[str
             yield text_, first.replace(sought, rank.to_bytes(4, "little"))
         else:
             yield text_, serialize_portable_artifact(text_, version, False)
+
+
+def as_read(module: ir.Module) -> ir.Module:
+    """The module as readers of its artifact see it, locations kept.
+
+    What StableHLO has no operator for, CHLO's top-k, is a composite there, whose decomposition is a function.
+
+    The module itself where no artifact can express it, which `serialise` says.
+    """
+    artifact, _ = _Ready.of(module).portable(current_version())
+    if not artifact:
+        return module
+    with module.context:
+        return stablehlo.deserialize_portable_artifact(module.context, artifact)
 
 
 def _fault(stripped: ir.Module, complaint: str, version: str) -> str:
