@@ -75,18 +75,20 @@ def write_bundle(
     *,
     ranks: Mapping[int, Mapping[str, list[list[int]] | None]] | None = None,
     tolerance: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """A bundle with these goldens' outputs.
 
     Args:
       ranks: by rank and result, its slice (None: the whole); each golden then belongs to a module per rank.
       tolerance: by result, in place of a strict bound of 1e-5.
+      inputs: of all goldens.
     """
     modules = []
     for golden, outputs in goldens.items():
         place = folder / "golden" / golden
         save_tensors(place / "outputs.safetensors", outputs)
-        save_tensors(place / "inputs.safetensors", {"tokens": np.zeros((1, 1), np.int32)})
+        save_tensors(place / "inputs.safetensors", inputs or {"tokens": np.zeros((1, 1), np.int32)})
         bounds = {n: {"strict": 1e-5, "reason": "float32"} for n, a in outputs.items() if a.dtype.kind == "f"}
         (place / "tolerance.json").write_text(json.dumps({**bounds, **(tolerance or {})}))
         for rank in [None] if ranks is None else ranks:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Most of the tests' time is the compiler's: a third of it with these. What the environment says comes later and holds."""
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=16"
+# Most of the tests' time is the compiler's: a third of it with these. What the environment says comes later and holds.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=16"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -22,9 +22,10 @@ from verify_bundles import RANKS, decode, lift, portable, ranked, typed, write_b
 
 from dsjax.export.consumers import consumer
 from dsjax.export.consumers.base import Refused, copy_functions, main_function, new_context, parse
-from dsjax.export.consumers.estimate import estimate_seconds
+from dsjax.export.consumers.estimate import estimate_module
 from dsjax.export.consumers.exchange import dtype_of
 from dsjax.export.consumers.interpreter import Interpreter, evaluate
+from dsjax.export.consumers.iree import WITHOUT_BARRIERS, execute
 from dsjax.export.consumers.lockstep import merge
 from dsjax.export.consumers.tpu_aot import TpuAot
 from dsjax.export.consumers.worker import isolated
@@ -81,6 +82,27 @@ def test_iree_names_the_target_that_it_takes() -> None:
     for ask in (lambda: consumer("iree").run(module, [codes]), lambda: consumer("iree").compile([module])):
         with pytest.raises(Refused, match=r"^it has no f4E2M1FN; --target typed-fp8 or portable have none$"):
             ask()
+
+
+@pytest.mark.verify
+def test_iree_is_asked_again_without_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import iree.compiler
+
+    ask, asked = iree.compiler.compile_str, list[bool]()
+
+    def compile_str(*args: Any, extra_args: list[str], **kwargs: Any) -> bytes:
+        asked.append(WITHOUT_BARRIERS in extra_args)
+        if not asked[-1]:
+            complaint = iree.compiler.CompilerToolError.__new__(iree.compiler.CompilerToolError)
+            complaint.args = ("error: failed to solve for timepoint coverage",)
+            raise complaint
+        return ask(*args, extra_args=extra_args, **kwargs)
+
+    monkeypatch.setattr(iree.compiler, "compile_str", compile_str)
+    x = np.ones(4, np.float32)
+    module = portable(jax.jit(lambda x: jax.lax.optimization_barrier(x) / 3).lower(x))
+    [[found]], _ = execute([module], [[x]], {})
+    assert asked == [False, True] and np.allclose(found, x / 3)
 
 
 def test_bundles_agree(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +330,7 @@ def _normal(*shape: int) -> np.ndarray:
 def test_the_estimate_is_near(function: Callable[..., Any], arguments: list[np.ndarray]) -> None:
     """Within a factor of five, on a machine that does other things too."""
     code = portable(jax.jit(function).lower(*arguments))
-    estimate = estimate_seconds(code)
+    estimate = estimate_module(parse(code, new_context()))
     start = time.perf_counter()
     evaluate([code], [arguments], {})
     assert estimate.exact
@@ -319,7 +341,7 @@ def test_the_estimate_says_where_it_is_a_lower_bound() -> None:
     code = portable(
         jax.jit(lambda n, x: jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)).lower(np.int32(3), _normal(100, 100))
     )
-    assert str(estimate_seconds(code)) == "at least 1 s"
+    assert str(estimate_module(parse(code, new_context()))) == "at least 1 s"
 
 
 @pytest.mark.verify

@@ -231,14 +231,18 @@ def test_all_ranks_together_give_one_devices_numbers(
 
 def test_global_program_keeps_its_shardings(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    manifest = export_twin(bundle, "deepseek-v3", "--mesh", "ep=2,tp=2", "--spmd", "auto", "--phases", "decode")
-    [module] = manifest["modules"]
+    manifest = export_twin(
+        bundle, "deepseek-v3", "--mesh", "ep=2,tp=2", "--spmd", "auto", "--phases", "decode", "--blocks"
+    )
+    module = next(m for m in manifest["modules"] if m["kind"] == "model")
     assert manifest["spmd"] == "auto" and module["rank"] is None
     source = (bundle / "modules" / f"{module['name']}.mlir").read_text()
     assert "sdy.sharding" in source and "all_reduce" not in source
-    report = verify(bundle, ["jax"])
+    report = verify(bundle, ["jax"], modules="decode-*,block-rms_norm-0")
     assert report["passed"], report
-    assert report["programs"]["decode-b1-s32"]["jax"]["how"] == "split by XLA over 4 devices"
+    programs = report["programs"]
+    assert programs["decode-b1-s32"]["jax"]["how"] == "split by XLA over 4 devices"
+    assert programs["block-rms_norm-0"]["jax"]["state"] == "agreed" and "how" not in programs["block-rms_norm-0"]["jax"]
 
 
 def test_portable_has_no_small_floats_and_loop_has_no_sort(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers_export import export_twin
+from bundles import save_tensors
+from helpers_export import export_twin, twin_flags
 
+from dsjax.cli.main import main
 from dsjax.export.golden import recorded
 from dsjax.export.standalone.arrays import read_safetensors
 from dsjax.numerics import Numerics
@@ -34,6 +36,36 @@ def test_draft_modules_prompt_in_several_chunks(tmp_path: Path, monkeypatch: pyt
             told.setdefault(value["name"], {})[module["name"]] = value["index"]
     assert index == told
     assert any(len(set(places.values())) == 2 for places in index.values())
+
+
+def test_drafts_go_on_from_a_cache_and_the_last_of_many_slots_is_idle(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    export_twin(bundle, "deepseek-v3", "--phases", "decode,mtp", "--batch", "5", "--dtype", "float32")
+    for phase in ("decode", "mtp"):
+        given, gave = (
+            read_safetensors(bundle / "golden" / f"{phase}-b5-s32" / f"{side}.safetensors")[0]
+            for side in ("inputs", "outputs")
+        )
+        before, after = (np.asarray(arrays["cache.rows"].values()) for arrays in (given, gave))
+        assert given["n_new"].values().tolist() == [1, 1, 1, 1, 0]
+        assert given["cache.length"].values().tolist() == [31, 28, 25, 22, 19]
+        assert gave["cache.length"].values().tolist() == [32, 29, 26, 23, 19]
+        assert all(np.abs(before[:, slot, :length]).min(-1).all() for slot, length in enumerate((31, 28, 25, 22, 19)))
+        np.testing.assert_array_equal(after[:, 4], before[:, 4])
+        assert (after[:, :4] != before[:, :4]).any((0, 2, 3)).all()
+    # What the draft attends to is of the model's own tokens: each position's hidden is another.
+    assert len(np.unique(np.asarray(given["hidden"].values()), axis=0)) == 5
+
+
+def test_a_model_that_gives_nan_has_no_golden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = tmp_path / "model", tmp_path / "bundle"
+    assert main(["synth", *twin_flags("deepseek-r1-distill-qwen-1.5b")[1:], "--out", str(model)]) == 0
+    [path] = model.glob("*.safetensors")
+    arrays = {name: np.asarray(stored.values()) for name, stored in read_safetensors(path)[0].items()}
+    arrays["model.norm.weight"][:] = 3e38
+    save_tensors(path, arrays)
+    assert main(["export", "--model", str(model), "--length", "32", "--chunk", "8", "--out", str(out)]) == 2
+    assert "expected finite logits of the model, found NaN or Inf" in capsys.readouterr().err and not out.exists()
 
 
 def _of(numerics: Numerics) -> Any:

@@ -144,13 +144,13 @@ def test_faults(bundle: Path, tmp_path: Path, fault: str, capsys: pytest.Capture
 
 def test_a_goldens_own_nan(tmp_path: Path) -> None:
     golden = outputs()
-    put("logits", (0, 0, 0), -np.inf)(golden)
-    put("logits", (0, 0, 1), np.nan)(golden)
+    put("hidden", (0, 0, 0), -np.inf)(golden)
+    put("hidden", (0, 0, 1), np.nan)(golden)
     bundle = write_bundle(tmp_path / "bundle", {GOLDEN: golden})
     assert verify(bundle, candidate_of(tmp_path, golden))["within_strict"]
-    put("logits", (0, 0, 0), np.inf)(golden)
+    put("hidden", (0, 0, 0), np.inf)(golden)
     report = verify(bundle, candidate_of(tmp_path, golden))
-    assert row_of(report, "logits")["problems"] == ["1 of 300 are not its NaN or Inf, first at [0, 0, 0]"]
+    assert row_of(report, "hidden")["problems"] == ["1 of 96 are not its NaN or Inf, first at [0, 0, 0]"]
 
 
 def test_codes_and_integers(tmp_path: Path) -> None:
@@ -344,6 +344,26 @@ def test_bounds_that_are_none(tmp_path: Path, bound: str, value: str, capsys: py
     path.write_text(path.read_text().replace('"VALUE"', value))
     with pytest.raises(BadInput, match=r"tolerance\.json: expected"):
         read_golden(bundle, f"golden/{GOLDEN}", json.loads((bundle / "manifest.json").read_text())["modules"], 0.05)
+
+
+def test_of_a_cache_what_the_step_changes_counts(tmp_path: Path) -> None:
+    """One row of a hundred: left as it was, half of it wrong, and written elsewhere."""
+    before = np.zeros((100, 8), np.uint8)
+    golden, half, elsewhere = before.copy(), before.copy(), before.copy()
+    golden[7], half[7], elsewhere[8] = range(1, 9), [1, 2, 3, 4, 0, 0, 0, 0], range(1, 9)
+    cases = [(golden, 0.0, True), (before, 1.0, False), (half, 0.5, True), (elsewhere, 1.0, False)]
+    given = {"inputs": {"cache": before}, "tolerance": {"cache": {"strict": None, "bound": 0.5}}}
+    bundle = write_bundle(tmp_path / "bundle", {GOLDEN: {"cache": golden}}, **given)
+    for array, error, within in cases:
+        row = row_of(verify(bundle, candidate_of(tmp_path, {"cache": array})), "cache")
+        assert (row["error"], row["within_bound"]) == (error, within)
+
+
+def test_a_golden_of_nan_is_none(tmp_path: Path) -> None:
+    golden = {"logits": np.full((1, 4), np.nan, np.float32)}
+    bundle = write_bundle(tmp_path / "bundle", {GOLDEN: golden})
+    row = row_of(verify(bundle, candidate_of(tmp_path, golden)), "logits")
+    assert row["problems"] == ["the golden itself has NaN"] and row["within_bound"] is False
 
 
 def test_told_and_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,12 +28,11 @@ from dsjax.export.report.summary import write_report
 from dsjax.export.stablehlo import artifact, sites
 from dsjax.export.stablehlo.inventory import inventory
 from dsjax.export.standalone import source as verify_source
+from dsjax.export.standalone.manifest import SCHEMA
 from dsjax.files import check_new_folder, new_folder
 from dsjax.params import Tree
 from dsjax.plan.placement import Model
 from quant.operator import find
-
-SCHEMA = 1
 
 LARGEST_CONSTANT = 1 << 16
 """Bytes; weights are arguments, so nothing in a module is larger."""

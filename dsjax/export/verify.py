@@ -167,7 +167,7 @@ class _Check:
                 if read.refused or problems:
                     raise Refused(read.refused or problems[0])
             modules = [self.bundle.module_bytes(m) for m in program.modules]
-            runs = isinstance(one, Jax) if self.bundle.partitioned else one.executes
+            runs = isinstance(one, Jax) if self.bundle.partitioned(program) else one.executes
             if not runs or program.golden is None:
                 return _compile(self.bundle, program, one, modules)
             given = arguments(self.bundle, program, self.checkpoint)
@@ -179,7 +179,7 @@ class _Check:
                     return {"state": "too slow", "why": f"{total}, beyond --time-limit {self.time_limit:g} s"}
             golden = self._golden(program)
             start = time.perf_counter()
-            if self.bundle.partitioned and isinstance(one, Jax):
+            if self.bundle.partitioned(program) and isinstance(one, Jax):
                 ran = one.run_partitioned(modules[0], given[0], self.bundle.ranks)
             else:
                 ran = _run(one, modules, given)
@@ -255,7 +255,7 @@ def _run(one: Consumer, modules: list[bytes], given: list[Arrays]) -> Ran:
 def _compile(bundle: Bundle, program: Program, one: Consumer, modules: list[bytes]) -> dict[str, Any]:
     """The report of a program that is only compiled."""
     start = time.perf_counter()
-    if bundle.partitioned:
+    if bundle.partitioned(program):
         if not isinstance(one, TpuAot):
             return {"state": "not run", "why": f"a global program, for a compiler that splits it over {bundle.ranks}"}
         facts = one.compile(modules, bundle.ranks)

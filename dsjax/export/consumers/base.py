@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from dsjax.export.stablehlo.artifact import artifact_version
+from dsjax.export.stablehlo.loops import functions
 
 Arrays = list[np.ndarray]
 
@@ -130,12 +131,6 @@ def serialise(module: ir.Module) -> bytes:
     """A module as a portable artifact of this jaxlib's own version."""
     with module.context:
         return stablehlo.serialize_portable_artifact(module, stablehlo.get_current_version())
-
-
-def functions(module: ir.Module) -> dict[str, Any]:
-    """The module's functions by name; who keeps one of them has to keep the module."""
-    operations: Any = module.body.operations
-    return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
 
 
 def callee(op: Any) -> str | None:

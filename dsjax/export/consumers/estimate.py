@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.consumers.base import callee, functions, main_function, new_context, parse
-from dsjax.export.stablehlo.loops import Known, Loops, Scope
+from dsjax.export.consumers.base import callee, main_function
+from dsjax.export.stablehlo.loops import Known, Loops, Scope, functions
 
 SECONDS = 1.2e-6
 """Of one multiply-add, or of one element of a result, measured on one core of a small machine."""
@@ -29,13 +29,8 @@ class Estimate:
         return f"{'about' if self.exact else 'at least'} {self.seconds:,.0f} s"
 
 
-def estimate_seconds(module: bytes) -> Estimate:
-    """The interpreter's time for a portable artifact, from the sizes in it and the counts of its loops."""
-    return estimate_module(parse(module, new_context()))
-
-
 def estimate_module(module: ir.Module) -> Estimate:
-    """The same of a module in which no function calls itself."""
+    """The interpreter's time for a module in which no function calls itself, by sizes and the counts of loops."""
     walk = _Walk({name: f.regions[0].blocks[0] for name, f in functions(module).items()})
     steps = walk.block(main_function(module).regions[0].blocks[0], {})
     return Estimate(steps * SECONDS, walk.exact)

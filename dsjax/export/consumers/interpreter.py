@@ -14,7 +14,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from dsjax.export.consumers.base import Arrays, Misread, Ran, main_function, new_context, parse
+from dsjax.export.consumers.base import Arrays, Misread, Ran, Refused, main_function, new_context, parse
 from dsjax.export.consumers.lockstep import HOW, run_as_one
 from dsjax.export.consumers.worker import isolated
 from dsjax.export.stablehlo.operations import numpy_dtype
@@ -45,8 +45,12 @@ class Interpreter:
         return Ran(isolated(_TASK, modules, arguments, time_limit=self._time_limit)[0], HOW)
 
     def compile(self, modules: Sequence[bytes]) -> dict[str, Any]:
-        """There is nothing to compile."""
-        return {}
+        """See `Consumer.compile`.
+
+        Raises:
+          Refused: always, since it compiles nothing.
+        """
+        raise Refused("it only runs programs, and the bundle has no golden of this one", "not run")
 
 
 def evaluate(modules: list[bytes], arguments: list[Arrays], _: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:

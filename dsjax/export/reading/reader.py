@@ -75,8 +75,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Attributes: folder; manifest, params: as read (params by path); programs; ranks; partitioned: see `Program`s of
-    `spmd` "auto", which a compiler has to split over `ranks` devices by itself."""
+    """Attributes: folder; manifest, params: as read (params by path); programs; ranks."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -84,10 +83,9 @@ class Bundle:
     programs: tuple[Program, ...]
     ranks: int
 
-    @property
-    def partitioned(self) -> bool:
-        """Whether modules are global programs for a compiler that partitions."""
-        return self.manifest.get("spmd") == "auto" and self.ranks > 1
+    def partitioned(self, program: Program) -> bool:
+        """Whether it is a global program, for a compiler that splits it over `ranks` devices by itself."""
+        return self.manifest.get("spmd") == "auto" and self.ranks > 1 and program.modules[0].kind == "model"
 
     def module_bytes(self, module: Module) -> bytes:
         """The portable artifact."""

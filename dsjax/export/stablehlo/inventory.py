@@ -17,7 +17,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from dsjax.export.stablehlo.artifact import attribute_names, minimum_version
-from dsjax.export.stablehlo.loops import Known, Loops, Scope, callee
+from dsjax.export.stablehlo.loops import Known, Loops, Scope, callee, functions
 from dsjax.export.stablehlo.operations import COLLECTIVES, collective, elements, features, scopes, tensor_bytes
 
 SCHEMA = 1
@@ -242,18 +242,17 @@ def inventory(module: ir.Module, names: Sequence[str] | None = None) -> dict[str
     operators, features and types to places: the named operators around, outermost first, else name scopes if the module
     still has its locations, else the function.
     """
-    top: list[Any] = [o.operation for o in module.body.operations]
-    functions = {o.attributes["sym_name"].value: o for o in top if o.name == "func.func"}
-    main = "main" if "main" in functions else next(iter(functions))
-    walker = _Walker(functions)
-    tally = walker.function(main, (None,) * len(functions[main].regions[0].blocks[0].arguments))
-    written, facts = _text(functions, module)
+    found = functions(module)
+    main = "main" if "main" in found else next(iter(found))
+    walker = _Walker(found)
+    tally = walker.function(main, (None,) * len(found[main].regions[0].blocks[0].arguments))
+    written, facts = _text(found, module)
     written["feature"]["while:dynamic"] = len(walker.dynamic)
     written["feature"] += Counter()  # without what is there zero times
-    arguments, results = _signature(functions[main], names)
+    arguments, results = _signature(found[main], names)
     for entry in (*arguments, *results):
         written["feature"].update(f"attribute:{name}" for name in entry["attributes"])
-    for operation in (module.operation, *top):
+    for operation in (module.operation, *(o.operation for o in module.body.operations)):
         written["feature"].update(f"attribute:{a}" for a in attribute_names(operation) if "." in a)
 
     totals: dict[tuple[str, Any], _Times] = {}

@@ -49,6 +49,12 @@ def result_index(value: Any) -> int:
     return value.result_number
 
 
+def functions(module: ir.Module) -> dict[str, Any]:
+    """The module's functions by name; who keeps one of them has to keep the module."""
+    operations: Any = module.body.operations
+    return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
+
+
 def callee(call: Any) -> str:
     """The symbol that a call names."""
     return call.attributes["callee"].value

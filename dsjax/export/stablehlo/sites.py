@@ -10,7 +10,7 @@ from typing import Any
 from jaxlib.mlir import ir
 
 from dsjax.export.stablehlo.inventory import operator_name
-from dsjax.export.stablehlo.loops import callee, terminator
+from dsjax.export.stablehlo.loops import callee, functions, terminator
 
 Names = frozenset[str]
 Origins = tuple[Names, ...]
@@ -21,12 +21,6 @@ _PASSED = {
     for name in ("reshape", "slice", "dynamic_slice", "convert", "bitcast_convert", "broadcast_in_dim", "transpose")
 } | {"stablehlo.gather", "stablehlo.pad", "stablehlo.dynamic_update_slice", "stablehlo.scatter"}
 """Operations whose first result is their first operand, or a part of it, or that written into."""
-
-
-def functions(module: ir.Module) -> dict[str, Any]:
-    """The module's functions by name."""
-    operations: list[Any] = [o.operation for o in module.body.operations]
-    return {o.attributes["sym_name"].value: o for o in operations if o.name == "func.func"}
 
 
 def digests(module: ir.Module) -> dict[str, str]:

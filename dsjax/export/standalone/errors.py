@@ -131,8 +131,23 @@ def strict_bound(golden: Stored, strict: float) -> float | None:
     return strict if golden.code in FLOATS else None if golden.code == "U8" else 0.0
 
 
+def unequal_codes(golden: np.ndarray, candidate: np.ndarray, before: np.ndarray | None) -> float:
+    """The share of unequal integers, of what replaces `before` among those that either has changed: the rest of a cache
+    says nothing about a step that should write a row of it."""
+    if before is None or before.shape != golden.shape:
+        return distance(golden, candidate)
+    changed = (golden != before) | (candidate != before)
+    return float(np.mean((golden != candidate)[changed])) if changed.any() else 0.0
+
+
 def judge(
-    name: str, golden: Stored, candidate: Stored | None, bound: float | None, strict: float | None, spread: float = 0.0
+    name: str,
+    golden: Stored,
+    candidate: Stored | None,
+    bound: float | None,
+    strict: float | None,
+    spread: float = 0.0,
+    before: Stored | None = None,
 ) -> dict[str, Any]:
     """The errors and verdicts of one result.
 
@@ -141,6 +156,7 @@ def judge(
       bound, strict: limits of the error, None for no verdict: the error is told, not judged. 0 asks for equality.
         A result that is missing, of another shape or kind, or with another NaN or Inf fails in any case.
       spread: `distance` of ranks that should hold the same.
+      before: what the result replaces, as it was given.
     """
     row: dict[str, Any] = {"name": name, "dtype": golden.code, "shape": list(golden.shape), "error": math.inf}
     problems: list[str] = []
@@ -156,15 +172,16 @@ def judge(
         else:
             a, b = golden.values(), candidate.values()
             if golden.code in FLOATS:
-                problems += strangers(a, b)
+                logits = bool(a.ndim and a.size and re.search(r"(^|[^a-z])logits$", name))
+                problems += strangers(a, b) + ["the golden itself has NaN"] * (logits and bool(np.isnan(a).any()))
                 row.update(float_errors(a, b))
                 row["error"] = math.inf if problems else max(row["max_relative"], row["norm"], spread)
-                if a.ndim and a.size and re.search(r"(^|[^a-z])logits$", name):
+                if logits:
                     row["logits"] = logits_errors(a, b)
                     rows = row_errors(a, b)
                     row["median_row"] = statistics.median(rows) if rows else math.nan
             else:
-                unequal = distance(a, b)
+                unequal = unequal_codes(a, b, None if before is None else before.values())
                 row.update(equal_share=1 - unequal, error=max(unequal, spread))
     if spread:
         row["rank_difference"] = spread

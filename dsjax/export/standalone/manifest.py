@@ -40,7 +40,7 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     if schema > SCHEMA:
         raise BadInput(f"{path}: schema: expected at most {SCHEMA}, found {schema}: made by a newer dsjax")
     files, modules = manifest.get("files"), manifest.get("modules")
-    if not isinstance(files, dict) or not isinstance(modules, list):
+    if not isinstance(files, dict) or not isinstance(modules, list) or not modules:
         raise BadInput(f"{path}: expected files and a list of modules, found none")
     for name, entry in files.items():
         inside(path, name)

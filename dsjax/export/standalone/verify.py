@@ -10,12 +10,13 @@ results; these are judged where there are both. Errors of a result, with a = gol
   max relative   max |a - b| / max |a|                   norm   ||a - b|| / ||a||
   mean relative  mean |a - b| / mean |a|                 cosine, PCC
   of logits, by row: top-1 agreement, top-5 overlap, KL(softmax a || softmax b) in nats, mean and largest
-  of integers and codes: the share of elements that are not equal
+  of integers and codes: the share of elements that are not equal, in a cache of those that the step changes
 
 A result is within a bound if both its max relative and its norm error are (integers: the share of unequal ones).
-There are two verdicts: at --bound (5%), and at the golden's own strict bound. Codes (uint8) have a strict verdict only
-where tolerance.json gives one. Where that says {"bound": null} the errors are told, not judged (of logits also the
-median over rows of ||a - b|| / ||a||), but a NaN or another shape fails; {"bound": 0, "strict": 0} asks for equality.
+There are two verdicts: at --bound (5%) unless tolerance.json has another for the result, and at the golden's own strict
+bound. Codes (uint8) have a strict verdict only where tolerance.json gives one. Where that says {"bound": null} the
+errors are told, not judged (of logits also the median over rows of ||a - b|| / ||a||), but a NaN or another shape
+fails; {"bound": 0, "strict": 0} asks for equality.
 
 Exit status: 0 passed, 1 negative verdict (of the bound; of both with --gate strict), 2 bad input.
 """
@@ -50,6 +51,7 @@ class Golden(NamedTuple):
     places: Places
     bound: float
     problems: list[str]  # of the golden itself
+    before: dict[str, Stored]  # what results of these names replace
 
 
 class Found(NamedTuple):
@@ -75,10 +77,9 @@ def _limits(entry: Any, golden: Stored, bound: float, path: Path) -> tuple[float
     """A result's bound and strict bound, as tolerance.json has them: a null is no verdict, 0 asks for equality."""
     try:
         own = _limit(entry.get("bound", bound))
-        strict = _limit(entry.get("strict", None if own is None else strict_bound(golden, STRICT)))
+        return own, _limit(entry.get("strict", None if own is None else strict_bound(golden, STRICT)))
     except (AttributeError, ValueError):
         raise BadInput(f"{path}: expected bounds, numbers or null, found {str(entry)[:80]}") from None
-    return None if own is None else min(bound, own), strict
 
 
 def read_golden(bundle: Path, golden: str, modules: Sequence[Mapping[str, Any]], bound: float) -> Golden:
@@ -96,7 +97,9 @@ def read_golden(bundle: Path, golden: str, modules: Sequence[Mapping[str, Any]],
     problems += [f"{n}: the golden has this result, modules give none" for n in expected if n not in given]
     problems += [] if given or expected else ["expected results, found none in the golden, none of modules"]
     places = places_of(modules, expected, bundle / "manifest.json")
-    return Golden(golden[7:], expected, limits, places, bound, problems)
+    inputs = read_arrays(path / "inputs.safetensors") if (path / "inputs.safetensors").exists() else {}
+    before = {n: a for n, a in inputs.items() if n in expected}
+    return Golden(golden[7:], expected, limits, places, bound, problems, before)
 
 
 def find(folder: Path, golden: Golden) -> Found:
@@ -127,7 +130,10 @@ def find(folder: Path, golden: Golden) -> Found:
 def compare(golden: Golden, found: Found) -> dict[str, Any]:
     """All results of one golden: rows of `judge`, problems, notes and verdicts."""
     expected, places = golden.expected, golden.places
-    results = [judge(n, g, found.results.get(n), *golden.limits[n], found.spread[n]) for n, g in expected.items()]
+    results = [
+        judge(n, g, found.results.get(n), *golden.limits[n], found.spread[n], golden.before.get(n))
+        for n, g in expected.items()
+    ]
     problems = golden.problems + found.problems
     notes = [f"{n}: the golden has no such result" for n in found.results if n not in expected]
     if found.shards and any(row["within_bound"] is False for row in results):
