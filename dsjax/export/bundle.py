@@ -248,7 +248,8 @@ class Writer:
         stored = None if None in held else sum(held)
         content = {"schema": SCHEMA, "bytes": total, "checkpoint_bytes": stored, "arguments": arguments}
         self.json("params.json", content)
-        self.json("cache.json", {"schema": SCHEMA, "modules": {p.shape.name: account.cache(p) for p in programs}})
+        kept = {p.shape.name: account.cache(p) for p in programs}
+        self.json("cache.json", {"schema": SCHEMA, "notes": account.CACHE_NOTES, "modules": kept})
         self.json("inventory.json", {"schema": SCHEMA, "modules": self.inventories})
         for name, notes, count in (
             ("memory", account.MEMORY_NOTES, account.memory),

@@ -2,7 +2,7 @@
 
 Weights, scales, keys and indexer keys are those of the shapes that run: exact. Activations are the arrays that a step
 holds at its widest point, and workspace what compilers, exchanges between cards and the runtime take beside them: both
-are bounds by formula, and `reserve` is the user's.
+are estimates by formula, and `reserve` is the user's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsjax.generate import CHUNK, bucket
 from dsjax.layers.mla import choose_form
 from dsjax.layers.query_blocks import GATHER_BYTES, QUERY_BLOCK
 from dsjax.plan.placement import Placement
-from dsjax.plan.traffic import dispatch, gathered_slots
+from dsjax.plan.traffic import dispatch, expert_rows, gathered_slots
 from quant import QArray
 
 RESERVE = 3_000_000_000
@@ -63,8 +63,9 @@ def activation_bytes(placement: Placement, slots: int, tokens: int) -> int:
     """Of a step of `tokens` new ones in each of a card's slots: what passes between layers, and the widest sub-layer.
 
     Counted as the layers are written: values in the activation dtype, what products give in float32, softmax over a
-    block of keys. A sub-layer counts twice, for the copies that compilers make of what they turn over: of these bounds
-    a step compiled by XLA:CPU takes a half to four fifths where tokens are many, less where they are few.
+    block of keys. A sub-layer counts twice, for the copies that compilers make of what they turn over: of this and the
+    workspace a step compiled by XLA:CPU takes a half to four fifths where tokens are many, less where they are few.
+    Other compilers may take more: libtpu took twice as much for a decode step of V3 that was exported for eight ranks.
     """
     c, item = placement.config, 4 if placement.numerics.dtype == "float32" else 2
     n, d = slots * tokens, c.hidden_size
@@ -105,8 +106,7 @@ def _ffn_bytes(placement: Placement, n: int, item: int) -> int:
     if isinstance(c, DenseConfig):
         return n * width * (2 * item + 4)
     shared = c.n_shared_experts * c.moe_intermediate_size // placement.ways("shared_ffn")
-    way = dispatch(placement, n)
-    rows = n if way is None else way.rows
+    rows = expert_rows(placement, n)
     # Scores of all experts, weighted sums of the chosen ones, one expert's gate and up.
     one = c.moe_intermediate_size // placement.ways("expert_ffn")
     routed = n * 3 * 4 * c.n_routed_experts + rows * 2 * 4 * c.hidden_size + n * one * (2 * item + 4)

@@ -14,7 +14,8 @@ from dsjax.checkpoint import orbax
 from dsjax.checkpoint.agreement import agree
 from dsjax.checkpoint.manifest import stored_as
 from dsjax.checkpoint.names import open_files
-from dsjax.config import Config, load_config
+from dsjax.config import Config, V3Config, V4Config, load_config
+from dsjax.config.v4 import WINDOW
 from dsjax.layout import Layout
 from dsjax.models import family
 from dsjax.numerics import Numerics
@@ -32,6 +33,8 @@ class Model:
       numerics: how it computes, and what its cache holds.
       weights: what matrices are held as, one of `params.WEIGHTS`.
       stored: how each row is stored, from a checkpoint's headers; DeepSeek's official way if None.
+      moe: how tokens are multiplied with their experts, a variant of the operator `grouped_matmul`.
+      held: shapes of all parameters, where neither of the above says how they are held.
     """
 
     name: str
@@ -39,11 +42,23 @@ class Model:
     numerics: Numerics
     weights: str = "stored"
     stored: Mapping[Path, Stored] | None = None
+    moe: str = "loop"
+    held: Tree | None = None
 
     def params(self, layout: Layout) -> Tree:
         """Shapes of all parameters, whole, scale blocks as the layout needs them; the draft module left out."""
+        if self.held is not None:
+            return self.held
         cut = partial(_cut, layout, self.config)
         return abstract_params(self.config, stored=self.stored, weights=self.weights, cut=cut)
+
+
+def draft_config(config: Config) -> Config:
+    """The draft module's one layer as a model of its own."""
+    if isinstance(config, V4Config):
+        return dataclasses.replace(config, num_hidden_layers=1, num_hash_layers=0, compress_ratios=(WINDOW,))
+    assert isinstance(config, V3Config)  # dense models have none
+    return dataclasses.replace(config, num_hidden_layers=1, first_k_dense_replace=0)
 
 
 def _cut(layout: Layout, config: Config, row: Row, held: Stored) -> Stored:
@@ -92,6 +107,8 @@ def module_of(row: Row) -> str:
         return "routed experts"
     if any(name.endswith("_streams") for name in row.path):
         return "streams"
+    if row.path[-1].endswith("projection"):
+        return "draft projections"
     return next((module for name, module in _MODULES if name in row.path), "norms")
 
 

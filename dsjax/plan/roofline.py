@@ -24,7 +24,7 @@ from dsjax.params import INTEGER, VECTOR, Row, tree_bytes
 from dsjax.plan.chips import Chip
 from dsjax.plan.memory import Load
 from dsjax.plan.placement import Placement, module_of
-from dsjax.plan.traffic import collectives, dispatch_axes, gathered_slots, seconds
+from dsjax.plan.traffic import collectives, dispatch_axes, expert_rows, gathered_slots, seconds
 from quant import E2M1, E4M3, QArray
 
 
@@ -121,17 +121,26 @@ def _matrices(placement: Placement, slots: int, tokens: int) -> tuple[dict[tuple
     reads: dict[str, float] = {}
     group = n * math.prod(placement.layout.rules.extents[axis] for axis in dispatch_axes(placement))
     ends = slots * gathered_slots(placement)
+    # Where all experts are multiplied with all rows, how many a token has: "ragged" as StableHLO writes `ragged_dot`.
+    every = {"dense": 1, "ragged": c.num_experts_per_tok}.get(placement.model.moe)
     for row, leaf in placement.leaves:
         nbytes, module = float(tree_bytes(leaf)), module_of(row)
         if row.storage == INTEGER or (row.path == ("embed",) and not c.tie_word_embeddings):  # looked up
             reads[module] = reads.get(module, 0.0) + nbytes * min(tokens * ends / leaf.shape[-2], 1.0)
             continue
-        if row.experts:
+        times: float = n
+        if row.experts and every:
+            times = every * expert_rows(placement, n)
+        elif row.experts:
             share, here = chosen_share(row.experts, c.num_experts_per_tok, group), leaf.shape[-3]
             nbytes *= distinct_experts(here, row.experts // here, share) / here
             times = group * c.num_experts_per_tok / row.experts
-        else:
-            times = ends if row.path in (("head",), ("embed",)) else n
+        elif row.path in (("head",), ("embed",)):
+            times = ends
+        elif "head_streams" in row.path:
+            times = slots
+        elif row.path[-1] == "hidden_projection" and isinstance(c, V4Config):
+            times = n * c.hc_mult  # of every stream
         reads[module] = reads.get(module, 0.0) + nbytes
         if row.storage != VECTOR and len(row.dims) == 2 and row.axes[0] != "ratio":
             key = module, _element(row, leaf, placement)
@@ -147,7 +156,7 @@ def work(placement: Placement, slots: int, tokens: int, context: int) -> Work:
     """
     matrices, reads = _matrices(placement, slots, tokens)
     operations = dict(matrices)
-    naive = _naive(placement, tokens)
+    naive = _naive(placement, tokens, context)
     if naive:
         row, leaf = next((row, leaf) for row, leaf in placement.leaves if row.path[-1] == "kv_b")
         rows = [leaf for row, leaf in placement.leaves if row.path[-1] == "kv_b"]
@@ -164,9 +173,9 @@ def work(placement: Placement, slots: int, tokens: int, context: int) -> Work:
     return Work(flops, parts, sum(reads.values()), cache_bytes, dict(reads))
 
 
-def _naive(placement: Placement, tokens: int) -> bool:
+def _naive(placement: Placement, tokens: int, context: int) -> bool:
     c = placement.config
-    if isinstance(c, V4Config | DenseConfig) or c.indexer is not None:
+    if isinstance(c, V4Config | DenseConfig) or (c.indexer is not None and context > c.indexer.topk):
         return False
     return choose_form(tokens, c, placement.numerics) == "naive"
 

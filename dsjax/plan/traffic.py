@@ -103,6 +103,12 @@ def dispatch(placement: Placement, tokens: int) -> Dispatch | None:
     return Dispatch(axes, how, rows, row_bytes + 8 * c.num_experts_per_tok, sum_bytes, sent)
 
 
+def expert_rows(placement: Placement, tokens: int) -> int:
+    """Rows of activations that a card has for its experts, of so many tokens; places that stay empty count."""
+    way = dispatch(placement, tokens)
+    return tokens if way is None else way.rows
+
+
 def gathered_slots(placement: Placement) -> int:
     """How many cards' slots one card makes logits for, its part of the vocabulary."""
     rules = placement.layout.rules

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from dsjax.cache.rows import ROW_BLOCK, SPARE
 from dsjax.export.program.exporter import Program, is_draft
-from dsjax.export.program.signature import Value
+from dsjax.export.program.signature import Slice, Value
 from dsjax.plan.memory import activation_bytes, workspace_bytes
-from dsjax.plan.placement import Model, Placement, module_of
+from dsjax.plan.placement import Model, Placement, draft_config, module_of
 from dsjax.plan.roofline import work
+from quant.operator import find
 
 CARDS = (1, 2, 4, 8, 16, 24, 32, 64, 80, 96, 128, 141, 192)
 """GB of memory that cards come with."""
@@ -21,17 +24,30 @@ CARDS = (1, 2, 4, 8, 16, 24, 32, 64, 80, 96, 128, 141, 192)
 MEMORY_NOTES = {
     "unit": "bytes of one rank",
     "exact": "parameters, cache, inputs, outputs; aliased is the part of the results that takes the caches' memory",
-    "temporaries_bound": "by formula: what a step holds at its widest point; a compiler may need less",
-    "smallest_card_gb": f"the first of {', '.join(map(str, CARDS))} GB (10^9 bytes) that holds the total",
+    "temporaries_estimate": "by formula: what a step holds at its widest point. No bound: compilers have taken half of "
+    "it, and twice as much",
+    "total": "parameters, cache, inputs, outputs and the estimate of temporaries",
+    "smallest_card_gb": f"the first of {', '.join(map(str, CARDS))} GB (10^9 bytes) that holds the total; what a "
+    "compiler takes beyond the estimate comes on top",
 }
 COST_NOTES = {
     "unit": "operations (a multiply-add is two) and bytes of one rank and one step, rounded to whole ones",
     "context": "every slot holds `length` tokens after the step, the new ones among them",
-    "flops": "products with matrices and attention; element-wise operations and routing are left out",
-    "weight_bytes": "each weight once; of the experts the expected number of distinct ones that the step's tokens "
-    "choose, uniformly and independently, on the rank with the most; of the embedding the rows that are looked up",
+    "flops": "products with matrices and attention, in the form (`mla`) that the program has; element-wise operations "
+    "and routing are left out. Experts are multiplied with the tokens that choose them; where `grouped_matmul` is "
+    "`dense`, all with every token, and where it is `ragged`, all with a row for each choice of each token, as "
+    "`lax.ragged_dot` is written in StableHLO",
+    "weight_bytes": "each weight once, as the program's arguments have it; of the experts, where not all are "
+    "multiplied, the expected number of distinct ones that the step's tokens choose, uniformly and independently, on "
+    "the rank with the most; of the embedding the rows that are looked up",
     "cache_bytes": "rows that attention reads",
     "per_token": "divided by the step's tokens",
+}
+CACHE_NOTES = {
+    "global_shape": "the whole array, of all ranks together, and global_bytes its bytes",
+    "shape": "one rank's part, the argument of its module, and bytes its bytes; the argument of a program for all "
+    "ranks (`--spmd auto`) has the global shape",
+    "slices": "by rank, [start, stop] of every axis; null where every rank has the whole array",
 }
 _CAPACITY = (
     f"length and {SPARE} more for drafts, rounded up: to a multiple of {ROW_BLOCK} if above {ROW_BLOCK}, else to a "
@@ -52,12 +68,23 @@ _PLACES = {
 }
 
 
-def _bytes(program: Program, value: Value) -> int:
-    """Of one rank."""
+def _slices(program: Program, value: Value) -> list[Slice] | None:
+    """By rank; None where each has the whole."""
+    extents = program.exporter.layout.rules.extents
+    found = [value.slice(rank, extents) for rank in range(program.exporter.ranks)]
+    return [bounds for bounds in found if bounds is not None] or None
+
+
+def _local_shape(program: Program, value: Value) -> list[int]:
+    """Of one rank, and so of each."""
     exporter = program.exporter
     bounds = value.slice(0, exporter.layout.rules.extents) if exporter.ranks > 1 else None
-    part = value.spec.shape if bounds is None else [b - a for a, b in bounds]
-    return value.nbytes * math.prod(part) // math.prod(value.spec.shape)
+    return list(value.spec.shape) if bounds is None else [stop - start for start, stop in bounds]
+
+
+def _bytes(program: Program, value: Value) -> int:
+    """Of one rank."""
+    return value.nbytes * math.prod(_local_shape(program, value)) // math.prod(value.spec.shape)
 
 
 def _local_bytes(program: Program, kind: str, results: bool = False) -> int:
@@ -65,13 +92,31 @@ def _local_bytes(program: Program, kind: str, results: bool = False) -> int:
     return sum(_bytes(program, value) for value in values if value.kind == kind)
 
 
+def _placed(program: Program, model: Model) -> Placement:
+    """What the planner counts: the program's own arguments, computed as its operators' variants say.
+
+    The draft module is counted as a model of one layer.
+    """
+    exporter, held = program.exporter, [value.file for value in program.arguments if value.kind == "param"]
+    with exporter.chosen():
+        form, moe = find("mla").chosen, find("grouped_matmul").chosen
+    model = dataclasses.replace(
+        model,
+        config=draft_config(model.config) if is_draft(program.shape.phase) else model.config,
+        numerics=dataclasses.replace(model.numerics, mla=form) if form in ("absorbed", "naive") else model.numerics,
+        moe=moe,
+        held=jax.tree.unflatten(jax.tree.structure(program.params), held),
+    )
+    return Placement(model, exporter.layout)
+
+
 def memory(program: Program, model: Model) -> dict[str, Any]:
     """Bytes of one rank.
 
-    Parameters, caches, inputs and outputs are exact. Temporaries are a bound by formula (`dsjax.plan.memory`): what a
-    compiler makes of a program is its own affair.
+    Parameters, caches, inputs and outputs are exact. Temporaries are an estimate by formula (`dsjax.plan.memory`): what
+    a compiler makes of a program is its own affair.
     """
-    shape, placement = program.shape, Placement(model, program.exporter.layout)
+    shape, placement = program.shape, _placed(program, model)
     slots = placement.slots(shape.batch)
     temporary = activation_bytes(placement, slots, shape.tokens) + workspace_bytes(placement, slots, shape.tokens)
     found: dict[str, Any] = {
@@ -79,10 +124,10 @@ def memory(program: Program, model: Model) -> dict[str, Any]:
         "cache": _local_bytes(program, "cache"),
         "inputs": _local_bytes(program, "input"),
         "outputs": _local_bytes(program, "output", results=True),
-        "temporaries_bound": temporary,
+        "temporaries_estimate": temporary,
         "aliased": _local_bytes(program, "cache"),
     }
-    found["total"] = sum(found[name] for name in ("parameters", "cache", "inputs", "outputs", "temporaries_bound"))
+    found["total"] = sum(found[name] for name in ("parameters", "cache", "inputs", "outputs", "temporaries_estimate"))
     modules: dict[str, int] = {}
     for (row, _), value in zip(program.rows, program.arguments, strict=False):
         modules[module_of(row)] = modules.get(module_of(row), 0) + _bytes(program, value)
@@ -93,10 +138,8 @@ def memory(program: Program, model: Model) -> dict[str, Any]:
 
 def cost(program: Program, model: Model) -> dict[str, Any]:
     """One rank's operations and bytes in a step whose sequences then hold `length` tokens, by closed forms."""
-    shape, placement = program.shape, Placement(model, program.exporter.layout)
+    shape, placement = program.shape, _placed(program, model)
     slots = placement.slots(shape.batch)
-    if is_draft(shape.phase):
-        return {"note": "not counted: the draft module is one layer and the head"}
     found, tokens = work(placement, slots, shape.tokens, shape.length), slots * shape.tokens
     return {
         "tokens": tokens,
@@ -116,15 +159,18 @@ def _whole(numbers: Mapping[str, float]) -> dict[str, int]:
 
 
 def cache(program: Program) -> dict[str, Any]:
-    """The cache's arguments, which result replaces which, how many positions they hold and where."""
+    """The cache's arguments, which result replaces which, how many positions they hold and where, and each rank's."""
     replaced = {argument: result for result, argument in program.aliases.items()}
     arguments = [
         {
             "index": i,
             "name": v.name,
-            "shape": list(v.spec.shape),
+            "global_shape": list(v.spec.shape),
+            "shape": _local_shape(program, v),
             "dtype": np.dtype(v.spec.dtype).name,
-            "bytes": v.nbytes,
+            "bytes": _bytes(program, v),
+            "global_bytes": v.nbytes,
+            "slices": _slices(program, v),
             "result": replaced[i],
             "places": _PLACES[v.name.rsplit(".", 1)[-1]],
         }
@@ -133,7 +179,8 @@ def cache(program: Program) -> dict[str, Any]:
     ]
     return {
         "arguments": arguments,
-        "bytes": sum(v.nbytes for v in program.arguments if v.kind == "cache"),
+        "bytes": _local_bytes(program, "cache"),
+        "global_bytes": sum(v.nbytes for v in program.arguments if v.kind == "cache"),
         "length": program.shape.length,
         "capacity": program.cache.capacity,
         "capacity_rule": _CAPACITY,

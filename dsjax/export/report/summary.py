@@ -104,8 +104,8 @@ def _programs(folder: Path, manifest: Entries, first: Entries, memory: Entries, 
                 manifest["stablehlo"]["minimum"][module["name"]],
                 scaled(memory[name]["total"], "B"),
                 f"{card} GB" if card else "none",
-                scaled(work["flops_per_token"], "FLOP") if "flops_per_token" in work else None,
-                scaled(work["bytes_per_token"], "B") if "bytes_per_token" in work else None,
+                scaled(work["flops_per_token"], "FLOP"),
+                scaled(work["bytes_per_token"], "B"),
             ]
         )
     head = ["program", "ranks", "slots", "new tokens", "positions", "artifact's bytes", "least StableHLO"]
@@ -153,26 +153,23 @@ def _amounts(found: Mapping[str, float], unit: str) -> dict[str, Cell]:
 
 
 def _memory(memory: Entries) -> Section:
-    parts = ("parameters", "cache", "inputs", "outputs", "temporaries_bound")
+    parts = ("parameters", "cache", "inputs", "outputs", "temporaries_estimate")
     by_part = {p: _amounts({part.replace("_", ", "): held[part] for part in parts}, "B") for p, held in memory.items()}
     modules = {p: _amounts(held["parameters_by_module"], "B") for p, held in memory.items()}
-    says = "Bytes of one rank. Temporaries are a bound by formula; a compiler may need less."
+    says = "Bytes of one rank. Temporaries are an estimate by formula; a compiler may need less, or more."
     return Section("Memory", [says, _across(by_part, "part"), "Parameters:", _across(modules, "module")])
 
 
 def _work(cost: Entries) -> Section:
-    counted = {p: work for p, work in cost.items() if "flops" in work}
-    if not counted:
-        return Section("Work of a step", [])
-    flops = {p: _amounts(work["flops_by_module"], "FLOP") for p, work in counted.items()}
-    kinds = {p: _amounts(work["flops"], "FLOP") for p, work in counted.items()}
+    flops = {p: _amounts(work["flops_by_module"], "FLOP") for p, work in cost.items()}
+    kinds = {p: _amounts(work["flops"], "FLOP") for p, work in cost.items()}
     reads = {
-        p: _amounts(work["weight_bytes_by_module"] | {"cache": work["cache_bytes"]}, "B") for p, work in counted.items()
+        p: _amounts(work["weight_bytes_by_module"] | {"cache": work["cache_bytes"]}, "B") for p, work in cost.items()
     }
     says = (
         "Of one rank, by closed forms; a multiply-add is two operations, and every slot holds `length` tokens after "
-        "the step. Of the experts those are read that the step's tokens are expected to choose under uniform routing; "
-        "`cost.json` states all assumptions."
+        "the step. Of the experts those are read that the step's tokens are expected to choose under uniform routing, "
+        "or all where all are multiplied; `cost.json` states all assumptions."
     )
     return Section(
         "Work of a step",
