@@ -16,8 +16,9 @@ from jax import lax
 from dsjax.cli.export import add_flags
 from dsjax.cli.main import main
 from dsjax.errors import InputError
-from dsjax.export.profiles.rules import SWITCHES, Violation, check, load, names
+from dsjax.export.profiles.rules import Violation, check, load, names
 from dsjax.export.profiles.vocabulary import known
+from dsjax.export.program.switches import SWITCHES
 from dsjax.export.stablehlo.inventory import inventory
 
 F32 = jnp.float32

@@ -18,18 +18,10 @@ from typing import Any
 from dsjax.config import read_json_object
 from dsjax.errors import InputError
 from dsjax.export.profiles.vocabulary import known, near
+from dsjax.export.program.switches import SWITCHES
 from dsjax.export.stablehlo.artifact import parse_version
 from dsjax.export.stablehlo.inventory import SCHEMA
 from dsjax.operators import operators
-
-SWITCHES: Mapping[str, tuple[str, ...]] = {
-    "--target": ("typed", "typed-fp8", "portable", "bfloat16", "float16", "float32", "w8a8", "w4a8"),
-    "--topk": ("chlo", "sort", "loop"),
-    "--moe": ("loop", "ragged", "dense"),
-    "--spmd": ("manual", "auto"),
-    "--numerics": ("plain", "native"),
-}
-"""What a rule may name as remedy, besides "none"."""
 
 _COUNTED = {"operator": "operators", "type": "types", "feature": "features"}
 _LIMITED = {"version": "minimum_version", "constant": "largest_constant", "rank": "max_rank"}
