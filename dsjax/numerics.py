@@ -101,12 +101,13 @@ class Numerics:
                 f"--kv {self.kv} cannot be combined with --numerics plain, which never quantises the cache"
             )
 
-    def for_checkpoint(self, config: Config, weights: str = "stored") -> Numerics:
+    def for_checkpoint(self, config: Config, weights: str = "stored", flag: str = "--weights") -> Numerics:
         """These numerics with the activation scales that the checkpoint was trained for.
 
         Args:
           config: of the checkpoint.
           weights: what its weights are held as, one of `params.WEIGHTS`.
+          flag: what said so, for messages.
 
         Raises:
           InputError: for native on a checkpoint in integers, or on an FP8 checkpoint held as anything else: native is
@@ -117,13 +118,13 @@ class Numerics:
             raise InputError("--numerics native: expected FP8 weights or floats, found a checkpoint in integers")
         if self.native and config.quantization is not None and weights != "stored":
             raise InputError(
-                f"--weights {weights} cannot be combined with --numerics native, which multiplies the stored FP8 codes"
+                f"{flag} {weights} cannot be combined with --numerics native, which multiplies the stored FP8 codes"
             )
         if self.native and weights == "fp8":  # native would quantise the activations too
-            raise InputError("--weights fp8 cannot be combined with --numerics native: it is weight-only")
+            raise InputError(f"{flag} fp8 cannot be combined with --numerics native: it is weight-only")
         if self.native and weights in INT8_ACTIVATIONS:
             raise InputError(
-                f"--weights {weights} cannot be combined with --numerics native, which has no INT8 activations"
+                f"{flag} {weights} cannot be combined with --numerics native, which has no INT8 activations"
             )
         indexed = isinstance(config, V3Config) and config.indexer is not None
         if self.mla != "auto" and not isinstance(config, V3Config):

@@ -120,7 +120,7 @@ def test_two_configurations_of_one_model(v3: Path, capsys: Capture) -> None:
     status, report = run(capsys, *flags, "--against", "int8")
     assert status == 1 and report["first_departure"]["strict"] == "00002.0.queries.block_scaled_dot"
     assert report["first_layer"]["strict"] == 0
-    refused(capsys, ["align", *flags, "--against", "nothing"], "--against nothing")
+    refused(capsys, ["align", *flags, "--against", "nothing"], "--against nothing", "typed-fp8")
 
 
 def test_taps_of_two_runs(v3: Path, tmp_path: Path, capsys: Capture) -> None:

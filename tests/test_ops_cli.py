@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 from helpers import DENSE_SETTINGS, ROOT
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from dsjax.cli.main import main
+from dsjax.cli.main import build_parser, main
 from dsjax.operators import operators
 from quant.operator import find
 
@@ -47,6 +49,14 @@ def restored() -> Iterator[None]:
         o.variants, o.platforms = before[o.name]
     jax.config.update("jax_compilation_cache_dir", None)
     reset_cache()
+
+
+def test_the_page_names_every_verb_that_takes_variants() -> None:
+    [verbs] = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    taking = {name for name, verb in verbs.choices.items() if "--op" in verb._option_string_actions} - {"ops"}
+    page = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+    [told] = re.findall(r"^(.*) take `--op NAME=VARIANT`", page, re.MULTILINE)
+    assert {name.removesuffix(" --aot") for name in re.findall(r"`([^`]+)`", told)} == taking
 
 
 @pytest.fixture(scope="module")

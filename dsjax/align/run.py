@@ -39,8 +39,8 @@ class Configuration:
 
         Args:
           text: of numerics (plain, native), activations (float32, bfloat16 after "dtype="), products (fused, tiled),
-            weights (`params.WEIGHTS`), targets of export that only decode otherwise (typed, portable), and variants
-            (top_k=loop).
+            weights (`params.WEIGHTS`), targets of export that only decode otherwise (typed, typed-fp8, portable), and
+            variants (top_k=loop).
 
         Raises:
           InputError: for anything else.
@@ -62,10 +62,9 @@ class Configuration:
             elif found and name in OPERATORS and value in OPERATORS[name].variants:
                 choices[name] = value
             else:
-                known = (
-                    f"plain, native, dtype=float32, dtype=bfloat16, fused, tiled, {', '.join(WEIGHTS)}, typed, portable"
-                )
-                raise InputError(f"--against {word}: expected {known} or OPERATOR=VARIANT")
+                targets = [name for name, target in TARGETS.items() if target.weights == "stored"]
+                known = ("plain", "native", "dtype=float32", "dtype=bfloat16", "fused", "tiled", *WEIGHTS, *targets)
+                raise InputError(f"--against {word}: expected {', '.join(known)} or OPERATOR=VARIANT")
         return Configuration(numerics, weights, choices)
 
 

@@ -45,7 +45,7 @@ _ALL = (
     _target("float16", "matrices dequantised to float16"),
     _target("float32", "matrices dequantised to float32"),
     _target("w8a8", "INT8 weights and activations, int8 x int8 -> int32", typed=_FLOATS | _INTEGERS),
-    _target("w4a8", "INT4 experts and INT8 activations, int8 x int8 -> int32", typed=_FLOATS | _INTEGERS),
+    _target("w4a8", "INT4 experts (of a dense model all linear layers), else as w8a8", typed=_FLOATS | _INTEGERS),
 )
 
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
