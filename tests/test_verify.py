@@ -107,6 +107,22 @@ def test_weights_of_another_type_are_cast(tmp_path: Path) -> None:
     assert list(states.values()) == ["agreed", "not run", "not run"]
 
 
+def test_a_checkpoints_hashes_are_compared_without_goldens_too(tmp_path: Path) -> None:
+    """The right one passes, as do weights that the bundle has a copy of; another, or none, is refused."""
+    checkpoint, said = tmp_path / "model", list[str]()
+    bundle = write_bundle(tmp_path / "bundle", [decode()], checkpoint=checkpoint, golden=False)
+    report = verify(bundle, ["jax"], checkpoint=checkpoint, say=said.append)
+    assert report["passed"] and report["programs"]["decode-b2-s8"]["jax"]["state"] == "accepted"
+    params = json.loads((bundle / "params.json").read_text())["arguments"]
+    assert said == [f"{checkpoint}: {len(params)} of {len(params)} parameters compared with the bundle's hashes"]
+    with pytest.raises(InputError, match=r"--checkpoint .*nowhere: expected a folder, found none"):
+        _run(bundle, checkpoint=tmp_path / "nowhere")
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(InputError, match=r"layers\.scales.*weight was changed"):
+        _run(bundle, checkpoint=checkpoint)
+
+
 def test_modules_are_chosen_by_patterns(plain: Path) -> None:
     assert _run(plain, modules="block-*")["programs"].keys() == {"block-decode-0"}
     with pytest.raises(InputError, match=r"'nothing-\*': expected a pattern for some of decode-b2-s8, block-decode-0"):

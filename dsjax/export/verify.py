@@ -22,7 +22,7 @@ from dsjax.export.consumers.estimate import Estimate
 from dsjax.export.consumers.examine import Facts, facts_of
 from dsjax.export.consumers.jax import Jax
 from dsjax.export.consumers.tpu_aot import TpuAot
-from dsjax.export.reading.arrays import NoWeights, arguments
+from dsjax.export.reading.arrays import NoWeights, arguments, compare_checkpoint
 from dsjax.export.reading.reader import Bundle, Module, Program, Value, open_bundle
 from dsjax.export.standalone.arrays import BadInput
 from dsjax.export.standalone.verify import VERDICTS, Found, Golden, compare, find, passes, read_golden
@@ -52,7 +52,7 @@ def verify(
     Args:
       folder: the bundle.
       consumers: names as `dsjax.export.consumers.consumer` takes them.
-      checkpoint: where weights lie that the bundle refers to.
+      checkpoint: where weights lie that the bundle refers to; their hashes are compared first, goldens or not.
       modules: shell patterns of names, between commas; None for all.
       bound: of relative errors; gate: "strict" judges by the goldens' own strict bounds, too, "bound" by this one only.
       out: new folder for what consumers gave, as `dsjax align` and verify.py read it; in a folder for each consumer if
@@ -82,6 +82,9 @@ def verify(
         check_new_folder(out)
     bundle = open_bundle(folder)
     programs = bundle.select(modules)
+    if checkpoint is not None:
+        compared, count = compare_checkpoint(bundle, programs, checkpoint)
+        say(f"{checkpoint}: {compared} of {count} parameters compared with the bundle's hashes")
     codes = [[bundle.module_bytes(m) for m in program.modules] for program in programs]
     asked = any(one.name == "interpreter" for one in chosen)
     facts = facts_of(codes, estimate=asked, time_limit=max(time_limit, LEAST))

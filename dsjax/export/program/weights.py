@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -27,7 +26,7 @@ from dsjax.export.program.exporter import Exporter, Program
 from dsjax.export.program.signature import E4M3_OF_E2M1, Value
 from dsjax.params import Row, Stored, official_storage, resident, table
 from dsjax.synth import official_specs
-from quant import E2M1
+from quant import E2M1, WHOLE
 
 COPY = "params/params.safetensors"
 
@@ -76,22 +75,33 @@ def _described(parameter: Parameter, exporter: Exporter, held: Stored) -> dict[s
     }
 
 
-def _tensors(parameter: Parameter, files: Files) -> list[Tensor]:
-    """Where an argument's numbers come from, in stacking order."""
-    found = []
-    for _, name in parameter.row.tensors():
-        if parameter.part == "scales" and (scales := parameter.row.scale_name(name)) in files:
-            name = scales
-        found.append(files[name])
-    return found
+Of = Callable[[Row, str], Sequence[Tensor | Spec]]
+"""A row and the name of one of its tensors -> that tensor, and its scales if it has any."""
 
 
-def _published(parameter: Parameter, config: Config) -> list[Spec]:
-    """The same of a checkpoint that is not there, as DeepSeek writes it."""
+def _tensors(files: Files) -> Of:
+    """Of a checkpoint."""
+    return lambda row, name: [files[n] for n in (name, row.scale_name(name)) if n in files]
+
+
+def _published(config: Config) -> Of:
+    """Of one that is not there, as DeepSeek writes it."""
     if isinstance(config.quantization, IntegerQuantization):
-        return []  # written in many ways
-    specs = (list(official_specs(parameter.row, name, config)) for _, name in parameter.row.tensors())
-    return [found[-1] if parameter.part == "scales" else found[0] for found in specs]
+        return lambda row, name: []  # written in many ways
+    return lambda row, name: list(official_specs(row, name, config))
+
+
+def _same(stored: Stored, held: Stored) -> bool:
+    """Whether codes and scales are the file's own, though scales may be repeated."""
+    return dataclasses.replace(held, finer=None) == stored
+
+
+def _sources(parameter: Parameter, of: Of, stored: Stored, held: Stored) -> list[Tensor | Spec]:
+    """What an argument's numbers are made of, in stacking order; of what is converted codes, then their scales."""
+    found = [of(parameter.row, name) for _, name in parameter.row.tensors()]
+    if stored.scales is not None and not _same(stored, held):
+        return [pair[i] for i in (0, 1) for pair in found if pair]
+    return [pair[-1 if parameter.part == "scales" else 0] for pair in found if pair]
 
 
 def _source(tensor: Tensor | Spec, folder: FilePath | None) -> dict[str, Any]:
@@ -111,18 +121,25 @@ def _source(tensor: Tensor | Spec, folder: FilePath | None) -> dict[str, Any]:
 def _recipe(
     parameter: Parameter, tensors: Sequence[Tensor | Spec], stored: Stored, held: Stored, expanded: bool
 ) -> str:
-    if stored == held and not expanded and sum(t.nbytes for t in tensors) == parameter.value.nbytes:
-        return "stack"
-    wanted = np.dtype(parameter.value.spec.dtype).name
-    found = sorted({t.dtype.name for t in tensors})
-    if (
-        stored.scales is None
-        and len(found) == 1
-        and math.prod(parameter.value.spec.shape) == sum(math.prod(t.shape) for t in tensors)
-    ):
-        return f"stack, then {found[0]} to {wanted}"
-    what = stored.format if stored.scales is None else f"{stored.format} codes and scales"
-    return f"stack, then {what} to {'e4m3 codes' if expanded else held.format}"
+    """How an argument is made of its sources; what `reading.arrays` cannot make again it takes for that."""
+    scales = parameter.part == "scales"
+    if not _same(stored, held) and (stored.scales or held.scales):
+        what = stored.format if stored.scales is None else f"{stored.format} codes and scales"
+        if held.scales is None:
+            return f"stack, then {what} dequantised to {held.format}"
+        return f"stack, then {what} quantised to {'scales of ' * scales}{held.format} codes"
+    if stored.scales is not None and not scales:
+        if expanded:
+            return "stack, then e2m1 codes to e4m3 codes"
+        return "stack, then int4 codes + 8 to two's complement" if stored.format == "int4" else "stack"
+    steps, wanted, types = ["stack"], np.dtype(parameter.value.spec.dtype), {t.dtype for t in tensors}
+    if stored.scales != "e8m0" and types != {wanted}:  # E8M0 is bytes, whatever a file calls them
+        steps.append(f"{types.pop().name if len(types) == 1 else 'several types'} to {wanted.name}")
+    if scales and held.finer is not None:
+        for i, (coarse, fine) in enumerate(zip(stored.block, held.finer, strict=True), len(parameter.row.stacking)):
+            if coarse not in (fine, WHOLE):
+                steps.append(f"each repeated {coarse // fine} times along axis {i}")
+    return ", then ".join(steps)
 
 
 Write = Callable[[memoryview], object]
@@ -148,28 +165,39 @@ def _stream(reader: Reader, parameter: Parameter, expand: bool, sinks: Sequence[
 
 def describe(exporter: Exporter, parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
     """params.json's arguments of a model without weights: made of the tensors that DeepSeek's checkpoint has."""
-    held = _held(exporter, exporter.stored)
-    found = []
-    for parameter in parameters:
-        base, kept = held(parameter.row)
-        found.append(_entry(parameter, exporter, base, kept, _published(parameter, exporter.config)))
-    return found
+    entries = _Entries(exporter, exporter.stored, _published(exporter.config))
+    return [entries.make(parameter) for parameter in parameters]
 
 
-def _entry(
-    parameter: Parameter,
-    exporter: Exporter,
-    stored: Stored,
-    held: Stored,
-    tensors: Sequence[Tensor | Spec],
-    folder: FilePath | None = None,
-) -> dict[str, Any]:
-    entry = _described(parameter, exporter, held)
-    if tensors:
-        entry["sources"] = [_source(t, folder) for t in tensors]
-        entry["checkpoint_bytes"] = sum(t.nbytes for t in tensors)
-        entry["recipe"] = _recipe(parameter, tensors, stored, held, _expands(parameter, exporter, held))
-    return entry
+class _Entries:
+    """Makes params.json's arguments, one after the other.
+
+    A tensor that several are made of counts in `checkpoint_bytes` of the first.
+    """
+
+    def __init__(self, exporter: Exporter, stored: Any, of: Of, folder: FilePath | None = None) -> None:
+        self._exporter, self._of, self._folder = exporter, of, folder
+        self._held = _held(exporter, stored)
+        self._counted: set[tuple[str, int | None]] = set()
+
+    def make(self, parameter: Parameter) -> dict[str, Any]:
+        """The next one, without hash and copy."""
+        stored, held = self._held(parameter.row)
+        entry = _described(parameter, self._exporter, held)
+        tensors = _sources(parameter, self._of, stored, held)
+        if tensors:
+            entry["sources"] = [_source(t, self._folder) for t in tensors]
+            entry["checkpoint_bytes"] = sum(self._new_bytes(t) for t in tensors)
+            expanded = _expands(parameter, self._exporter, held)
+            entry["recipe"] = _recipe(parameter, tensors, stored, held, expanded)
+        return entry
+
+    def _new_bytes(self, tensor: Tensor | Spec) -> int:
+        place = (tensor.name, tensor.offset if isinstance(tensor, Tensor) else None)
+        if place in self._counted:
+            return 0
+        self._counted.add(place)
+        return tensor.nbytes
 
 
 def _expands(parameter: Parameter, exporter: Exporter, held: Stored) -> bool:
@@ -204,13 +232,13 @@ def read(
         find = _held(exporter, stored)
         rows = {row.path: row for row in table(config) if row.path in stored}
         held = {path: find(row)[1] for path, row in rows.items() if row.copy_of is None}
+        entries = _Entries(exporter, stored, _tensors(files), folder)
         with Reader(files, config, stored, held) as reader, _Copy(parameters, out) as copy:
             for parameter in parameters:
-                base, kept = find(parameter.row)
-                entry = _entry(parameter, exporter, base, kept, _tensors(parameter, files), folder)
+                entry = entries.make(parameter)
                 digest = hashlib.sha256()
                 sinks: list[Write] = [digest.update, *copy.sinks(parameter.value.name)]
-                _stream(reader, parameter, _expands(parameter, exporter, kept), sinks)
+                _stream(reader, parameter, _expands(parameter, exporter, find(parameter.row)[1]), sinks)
                 entry["sha256"] = digest.hexdigest()
                 if out is not None:
                     entry["copy"] = {"file": COPY, "tensor": parameter.value.name}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.errors import InputError
-from dsjax.export.consumers.exchange import dtype_of
+from dsjax.export.consumers.exchange import DTYPES
 from dsjax.export.reading.reader import Bundle, Program, Value, byte_count, open_arrays
 from dsjax.export.standalone.arrays import BadInput
 from dsjax.export.standalone.manifest import inside
+
+PIECE = 1 << 26
+"""Bytes of a file that are read at a time; a multiple of any element."""
 
 
 class NoWeights(Exception):
@@ -56,14 +61,50 @@ def parameter(bundle: Bundle, value: Value, checkpoint: Path | None) -> np.ndarr
     entry = bundle.params.get(value.name)
     if entry is None:
         raise InputError(f"{path}: expected the parameter {value.name}, found no entry")
-    where, raw = _copied(bundle, path, entry) if entry.get("copy") else _joined(path, entry, value, checkpoint)
+    if entry.get("copy"):
+        where, raw = _copied(bundle, path, entry)
+    elif checkpoint is None:
+        raise NoWeights("the bundle refers to a checkpoint's weights, and --checkpoint names no folder")
+    else:
+        where, raw = checkpoint, _joined(_made(path, entry, value, checkpoint))
     expected = byte_count(value.global_shape, value.dtype)
     if raw.size != expected:
         raise InputError(f"{where}: {value.name}: expected {expected} bytes, found {raw.size}")
-    digest = entry.get("sha256")
-    if digest is not None and hashlib.sha256(raw.data).hexdigest() != digest:
-        raise InputError(f"{where}: {value.name}: expected sha256 {digest}, found another: the weight was changed")
+    _compare(where, value.name, entry, hashlib.sha256(raw.data).hexdigest())
     return _typed(raw, value)
+
+
+def compare_checkpoint(bundle: Bundle, programs: Sequence[Program], checkpoint: Path) -> tuple[int, int]:
+    """Compares the hashes of all parameters that recipes make of a checkpoint's files, a piece of a file at a time.
+
+    Returns:
+      How many were compared, and how many the programs have.
+
+    Raises:
+      InputError: of a folder that is not there, a missing file, or another hash.
+    """
+    if not checkpoint.is_dir():
+        raise InputError(f"--checkpoint {checkpoint}: expected a folder, found none")
+    path, compared = bundle.folder / "params.json", 0
+    values = {v.name: v for p in programs for m in p.modules for v in m.arguments if v.kind == "param"}
+    for name, value in values.items():
+        entry = bundle.params.get(name, {})
+        if entry.get("sha256") is None:
+            continue
+        digest = hashlib.sha256()
+        try:
+            for piece in _made(path, entry, value, checkpoint):
+                digest.update(piece.data)
+        except NoWeights:
+            continue
+        _compare(checkpoint, name, entry, digest.hexdigest())
+        compared += 1
+    return compared, len(values)
+
+
+def _compare(where: Path, name: str, entry: dict[str, Any], found: str) -> None:
+    if entry.get("sha256") not in (None, found):
+        raise InputError(f"{where}: {name}: expected sha256 {entry['sha256']}, found another: the weight was changed")
 
 
 def _copied(bundle: Bundle, path: Path, entry: dict[str, Any]) -> tuple[Path, np.ndarray]:
@@ -76,56 +117,99 @@ def _copied(bundle: Bundle, path: Path, entry: dict[str, Any]) -> tuple[Path, np
     return file, np.ascontiguousarray(open_arrays(file).read(copy["tensor"])).reshape(-1).view(np.uint8)
 
 
-def _joined(path: Path, entry: dict[str, Any], value: Value, checkpoint: Path | None) -> tuple[Path, np.ndarray]:
-    """The bytes of tensors in a checkpoint one after the other: an array stacked along a leading axis lies so.
+def _made(path: Path, entry: dict[str, Any], value: Value, checkpoint: Path) -> Iterator[np.ndarray]:
+    """The bytes of a parameter, made by its recipe of tensors in a checkpoint, one after the other: pieces in order.
 
-    Where the recipe is "stack, then X to Y", they are of dtype X, and cast.
+    An array stacked along a leading axis lies so. What is repeated is one piece.
     """
-    name, recipe = value.name, str(entry.get("recipe"))
-    if checkpoint is None:
-        raise NoWeights("the bundle refers to a checkpoint's weights, and --checkpoint names no folder")
-    cast = _cast(recipe)
-    if cast is None and recipe != "stack":
-        raise NoWeights(f"{name} is made by {recipe!r}; only --weights copy, at export, keeps the result")
-    expected = byte_count(value.global_shape, value.dtype if cast is None else cast[0])
-    sources = entry.get("sources")
+    recipe = _Recipe.parse(str(entry.get("recipe")), value)
+    if recipe is None:
+        what = f"{value.name} is made by {entry.get('recipe')!r}"
+        raise NoWeights(f"{what}; only --weights copy, at export, keeps the result")
+    pieces = _read(path, value.name, entry.get("sources"), checkpoint, recipe)
+    cast = (
+        p if recipe.source == value.dtype else p.view(recipe.source).astype(value.dtype).view(np.uint8) for p in pieces
+    )
+    if not recipe.times:
+        yield from cast
+        return
+    array = _joined(cast).view(value.dtype).reshape(recipe.shape)
+    for axis, times in recipe.times.items():
+        array = array.take(np.arange(value.global_shape[axis]) // times, axis)
+    yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _read(path: Path, name: str, sources: Any, checkpoint: Path, recipe: _Recipe) -> Iterator[np.ndarray]:
+    """The sources' bytes, as they are in the files."""
     if not isinstance(sources, list) or not sources:
         raise InputError(f"{path}: {name}: sources: expected a list, found {reprlib.repr(sources)}")
     for source in sources:
         if not isinstance(source, dict) or not all(_is_size(source.get(k)) for k in ("offset", "bytes")):
             raise InputError(f"{path}: {name}: sources: expected file, offset, bytes, found {reprlib.repr(source)}")
-    found = sum(source["bytes"] for source in sources)
-    if found != expected:
+    expected, found = byte_count(recipe.shape, recipe.source), sum(source["bytes"] for source in sources)
+    if found != expected or any(source["bytes"] % recipe.source.itemsize for source in sources):
         raise InputError(f"{path}: {name}: sources: expected {expected} bytes, found {found}")
-    pieces = []
     for source in sources:
         try:
             file = checkpoint / inside(path, source.get("file"))
             with file.open("rb") as stream:
                 stream.seek(source["offset"])
-                piece = stream.read(source["bytes"])
+                for start in range(0, source["bytes"], PIECE):
+                    size = min(PIECE, source["bytes"] - start)
+                    piece = np.frombuffer(stream.read(size), np.uint8)
+                    if piece.size != size:
+                        found = start + piece.size
+                        what = f"{source.get('tensor')}: expected {source['bytes']} bytes, found {found}"
+                        raise InputError(f"{file}: {what}")
+                    yield piece
         except BadInput as e:
             raise InputError(str(e)) from None
         except OSError as e:
             raise InputError(f"{file}: expected a file of the checkpoint, found: {e.strerror}") from None
-        if len(piece) != source["bytes"]:
-            raise InputError(f"{file}: {source.get('tensor')}: expected {source['bytes']} bytes, found {len(piece)}")
-        pieces.append(piece)
-    raw = np.frombuffer(b"".join(pieces), np.uint8)
-    return checkpoint, raw if cast is None else raw.view(cast[0]).astype(cast[1]).view(np.uint8)
+
+
+def _joined(pieces: Iterator[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint8), *pieces])
 
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _cast(recipe: str) -> tuple[np.dtype, np.dtype] | None:
-    """From and to what a recipe casts stacked numbers; None if it does not, or is more than a cast."""
-    found = re.fullmatch(r"stack, then (b?float\w+|u?int\d+) to (b?float\w+|u?int\d+)", recipe)
-    try:
-        return (dtype_of(found[1]), dtype_of(found[2])) if found else None
-    except TypeError:
-        return None
+_CAST = re.compile(r"(b?float\w+|u?int\d+) to (b?float\w+|u?int\d+)")
+_REPEATED = re.compile(r"each repeated (\d{1,4}) times along axis (\d)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What is done to stacked tensors: perhaps a cast of plain types, then each element repeated along axes.
+
+    Attributes:
+      source: their type.
+      shape: of the stack.
+      times: by axis, how often each is repeated; the last fewer times, where the parameter ends before.
+    """
+
+    source: np.dtype
+    shape: tuple[int, ...]
+    times: dict[int, int]
+
+    @classmethod
+    def parse(cls, text: str, value: Value) -> _Recipe | None:
+        """The recipe of a parameter by its text; None for any other."""
+        first, *steps = text.split(", then ")
+        source, shape, times = value.dtype, list(value.global_shape), dict[int, int]()
+        for i, step in enumerate(steps):
+            cast, repeated = _CAST.fullmatch(step), _REPEATED.fullmatch(step)
+            if repeated and int(repeated[1]) and int(repeated[2]) < len(shape):
+                times[int(repeated[2])] = int(repeated[1])
+            elif cast and i == 0 and set(cast.groups()) <= set(DTYPES) and DTYPES[cast[2]] == value.dtype:
+                source = DTYPES[cast[1]]
+            else:
+                return None
+        for axis, n in times.items():
+            shape[axis] = -(-shape[axis] // n)
+        return cls(source, tuple(shape), times) if first == "stack" else None
 
 
 def _typed(raw: np.ndarray, value: Value) -> np.ndarray:
