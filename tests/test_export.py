@@ -320,6 +320,11 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--model", "deepseek-v3", "--stablehlo-version", "0.1.0", "--length", "32"], "StableHLO version"),
         (["--model", "deepseek-v3", "--stablehlo-version", "99.0.0", "--mesh", "tp=2"], "StableHLO version"),
         (["--model", "deepseek-v3", "--mesh", "tp=3"], "tp=3"),
+        (["--model", "deepseek-v3", "--no-golden"], "--no-golden"),
+        (["--model", "deepseek-v3", "--no-golden", "--synthetic-golden"], "found both"),
+        (["--model", "deepseek-v3", "--seed", "5"], "--seed 5"),
+        (["--model", "deepseek-v3", "--numerics", "native", "--target", "float16"], "--target float16 cannot"),
+        (["--model", "deepseek-r1-distill-qwen-1.5b", "--numerics", "native", "--target", "w8a8"], "--target w8a8 ca"),
         (["--model", "nowhere"], "nowhere"),
     ):
         assert main(["export", "--out", out, *flags]) == 2, flags

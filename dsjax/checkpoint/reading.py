@@ -234,7 +234,7 @@ class Reader:
                 tensor = self._files[name]
                 raise InputError(
                     f"{tensor.path}: tensor {tensor.name}: expected values within float16's 65504, found {e}; "
-                    "--weights bfloat16 holds it"
+                    "bfloat16 holds it"
                 ) from None
         self._files.release(name)
         return nbytes

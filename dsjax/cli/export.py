@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dsjax.checkpoint import orbax
 from dsjax.cli.common import note, positive, print_json, seed
 from dsjax.cli.ops import operator_flags
 from dsjax.cli.profile import entries, lines
@@ -21,6 +22,7 @@ from dsjax.export.bundle import ProfileError, Request, export
 from dsjax.export.profiles.rules import load as load_profile
 from dsjax.export.profiles.rules import names as profile_names
 from dsjax.export.program.exporter import PHASES, Exporter, Shape
+from dsjax.export.program.switches import MOE, NUMERICS, TOP_K
 from dsjax.export.program.targets import TARGETS, find_target
 from dsjax.export.stablehlo.artifact import check_version
 from dsjax.generate import CHUNK
@@ -35,8 +37,6 @@ from dsjax.presets import PRESETS
 from dsjax.synth import synth_config, synthesise
 from sharding import Plan
 
-TOP_K = {"chlo": {}, "sort": {"top_k": "sort"}, "loop": {"top_k": "loop", "sort_assignments": "count"}}
-MOE = ("loop", "ragged", "dense")
 RECORDED = ("chunk", "mla", "kv", "attention", "o_groups", "topk", "moe", "weights", "seed")
 """Flags that nothing else in a manifest tells."""
 
@@ -74,7 +74,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--layers", type=positive, metavar="N", help="of a preset: another depth")
     p.add_argument("--target", choices=TARGETS, default="portable", help="how weights are seen (default portable)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="activations and cache (default bfloat16)")
-    p.add_argument("--numerics", choices=("plain", "native"), default="plain")
+    p.add_argument("--numerics", choices=NUMERICS, default="plain")
     p.add_argument("--mla", choices=("auto", "absorbed", "naive"), default="auto", help="form of attention (V2, V3)")
     p.add_argument("--kv", choices=("auto", "fp8", "bfloat16"), default="auto", help="native's keys (V3.2, V4)")
     p.add_argument("--attention", choices=ATTENTION, default="heads", help="what ep splits attention by")
@@ -89,10 +89,14 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         "--stablehlo-version", metavar="V", help="of artifacts (default: the least that each module can have)"
     )
     p.add_argument("--blocks", action="store_true", help="also each named operator by itself")
-    p.add_argument("--weights", choices=("reference", "copy", "none"), help="default: reference; none for a preset")
+    p.add_argument(
+        "--weights",
+        choices=("reference", "copy", "none"),
+        help="default: reference; none for a preset. none: of the config alone, without golden numbers",
+    )
     p.add_argument("--no-golden", action="store_true", help="of a checkpoint: no golden numbers, the model is not run")
     p.add_argument("--synthetic-golden", action="store_true", help="of a preset: random weights and golden numbers")
-    p.add_argument("--seed", type=seed, default=0, help="of the random weights")
+    p.add_argument("--seed", type=seed, metavar="N", help="of --synthetic-golden's weights (default 0)")
     operator_flags(p)
 
 
@@ -137,6 +141,30 @@ def _check_length(options: argparse.Namespace, config: Config) -> None:
         raise InputError(f"--length {max(options.length)}: expected at most {most} positions of {options.model}")
 
 
+def _check_golden(options: argparse.Namespace) -> None:
+    """Refuses flags of golden numbers that would change nothing."""
+    if options.no_golden and options.synthetic_golden:
+        raise InputError("--no-golden: expected it or --synthetic-golden, found both")
+    if options.no_golden and options.model in PRESETS:
+        raise InputError(
+            "--no-golden: expected with a checkpoint, found a preset, which has no golden numbers as it is"
+        )
+    if options.seed is not None and not options.synthetic_golden:
+        raise InputError(f"--seed {options.seed}: expected with --synthetic-golden, found no --synthetic-golden")
+    options.seed = options.seed or 0
+
+
+def _with_weights(options: argparse.Namespace, folder: Path) -> Path | None:
+    """The folder if its weights are asked for, and are there."""
+    if orbax.is_converted(folder):
+        raise InputError(f"{folder}: expected a checkpoint in safetensors, found an Orbax folder: export its source")
+    if options.weights == "none":
+        return None
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: expected *.safetensors, found none; --weights none exports its config alone")
+    return folder
+
+
 @contextmanager
 def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict[str, Any], Config]]:
     """(folder with weights, config.json, config) of --model."""
@@ -147,8 +175,7 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[tuple[Path | None, dict
             raise InputError("--set, --layers, --synthetic-golden: expected with a preset, found a checkpoint folder")
         config = load_config(options.model)
         _check_length(options, config)
-        held = any(folder.glob("*.safetensors")) and options.weights != "none"
-        yield folder if held else None, read_json_object(folder / "config.json"), config
+        yield _with_weights(options, folder), read_json_object(folder / "config.json"), config
         return
     raw = synth_config(options.model, layers=options.layers, settings=settings)
     config = parse_config(raw, options.model)
@@ -179,12 +206,14 @@ def run(options: argparse.Namespace) -> int:
     """`dsjax export`."""
     target, choices, shapes = find_target(options.target), switches_of(options), _shapes(options)
     numerics = _numerics(options)
+    _check_golden(options)
     profile = load_profile(options.profile) if options.profile is not None else None
     if options.stablehlo_version is not None:
         check_version(options.stablehlo_version)
     with _checkpoint(options) as (folder, raw, config):
         if options.o_groups != "split" and not isinstance(config, V4Config):
             raise InputError(f"--o-groups {options.o_groups}: expected deepseek_v4, found {config.model_type}")
+        numerics.for_checkpoint(config, target.weights, "--target")
         model = _model(folder, options.model, config, numerics, target.weights)
         plan = options.mesh or Plan()
         if options.spmd == "auto" and options.mesh is None:
