@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func, stablehlo
-from verify_bundles import RANKS, decode, lift, portable, ranked, typed, write_bundle
+from verify_bundles import RANKS, Example, Item, decode, lift, portable, ranked, typed, write_bundle
 
 from dsjax.export.consumers import consumer
 from dsjax.export.consumers.base import Refused, copy_functions, main_function, new_context, parse
@@ -350,6 +350,18 @@ def test_the_documented_exceptions_of_iree(tmp_path: Path) -> None:
     found = verify(bundle, ["iree"], say=_quiet)["programs"]["block-decode-0"]["iree"]
     assert found["state"] == "excepted"
     assert "0xff as -480" in found["note"] and "0x00 as 0" in found["note"]
+
+
+@pytest.mark.verify
+def test_codes_in_bytes_are_excepted_like_those_in_arguments(tmp_path: Path) -> None:
+    """Of typed programs activations' codes are bytes that become FP8 inside."""
+    codes = np.arange(256, dtype=np.uint8)
+    step = jax.jit(lambda x: jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn).astype(jnp.float32))
+    sides = [Item("input", "in0", codes)], [Item("output", "out0", np.asarray(step(codes)))]
+    bundle = write_bundle(tmp_path / "bundle", [Example("block-decode-0", [portable(step.lower(codes))], *sides)])
+    found = verify(bundle, ["iree", "jax"], say=_quiet)["programs"]["block-decode-0"]
+    assert (found["iree"]["state"], found["jax"]["state"]) == ("excepted", "agreed")
+    assert "0xff as -480" in found["iree"]["note"] and "note" not in found["jax"]
 
 
 @pytest.mark.aot

@@ -199,7 +199,8 @@ class _Check:
         report["state"] = ("told" if told else "agreed") if passes(report, self.gate) else "departed"
         if ran.how:
             report["how"] = ran.how
-        met, others = without_misreads(one.misreads, given)
+        inside = facts[0].inside if report["state"] == "departed" else ()
+        met, others = without_misreads(one.misreads, given, inside)
         if met:
             report["note"] = (
                 f"documented: it reads {' and '.join(f'{m.dtype} {m.code:#04x} as {m.found}' for m in met)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,21 +46,27 @@ class Misread:
     found: str
     harmless: int
 
-    def within(self, array: np.ndarray) -> np.ndarray | None:
-        """Where an array has the code; None if nowhere."""
-        if array.dtype.name != self.dtype:
+    def within(self, array: np.ndarray, inside: Collection[str] = ()) -> np.ndarray | None:
+        """Where an array has the code; None if nowhere. Bytes may stand for types that are inside of a program."""
+        if array.dtype.name != self.dtype and not (array.dtype == np.uint8 and self.dtype in inside):
             return None
         where = array.view(np.uint8) == self.code
         return where if where.any() else None
 
 
-def without_misreads(misreads: Sequence[Misread], arguments: Sequence[Arrays]) -> tuple[list[Misread], list[Arrays]]:
-    """Which of the codes arguments have, and the arguments with harmless ones in their places."""
+def without_misreads(
+    misreads: Sequence[Misread], arguments: Sequence[Arrays], inside: Collection[str] = ()
+) -> tuple[list[Misread], list[Arrays]]:
+    """Which of the codes arguments have, and the arguments with harmless ones in their places.
+
+    Args:
+      inside: element types of the program, by NumPy's names, which bytes may stand for.
+    """
     met: list[Misread] = []
 
     def replaced(array: np.ndarray) -> np.ndarray:
         for one in misreads:
-            where = one.within(array)
+            where = one.within(array, inside)
             if where is not None:
                 met.extend([one] * (one not in met))
                 array = np.where(where, np.uint8(one.harmless), array.view(np.uint8)).view(array.dtype)

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from dsjax.export.consumers.base import Arrays, Refused, callee, main_function, new_context, parse
 from dsjax.export.consumers.estimate import Estimate, estimate_module
 from dsjax.export.consumers.worker import isolated
-from dsjax.export.stablehlo.artifact import walk
+from dsjax.export.stablehlo.artifact import element_types, walk
 from dsjax.export.stablehlo.loops import functions
 from dsjax.export.stablehlo.operations import numpy_dtype
 
@@ -27,6 +27,7 @@ class Facts:
       arguments, results: types, as "float32 [2, 3]".
       aliases: by result, the argument whose memory it takes.
       estimate: of the interpreter's time; None if nobody asked.
+      inside: element types of all values, by NumPy's names.
       refused: why nobody should be given the module; then there is nothing else.
     """
 
@@ -34,6 +35,7 @@ class Facts:
     results: tuple[str, ...] = ()
     aliases: Mapping[int, int] = dataclasses.field(default_factory=dict)
     estimate: Estimate | None = None
+    inside: tuple[str, ...] = ()
     refused: str | None = None
 
 
@@ -60,7 +62,7 @@ def _facts(found: dict[str, Any]) -> Facts:
         return Facts(refused=found["refused"])
     aliases = {int(result): argument for result, argument in found["aliases"].items()}
     estimated = None if found["estimate"] is None else Estimate(*found["estimate"])
-    return Facts(tuple(found["arguments"]), tuple(found["results"]), aliases, estimated)
+    return Facts(tuple(found["arguments"]), tuple(found["results"]), aliases, estimated, tuple(found["inside"]))
 
 
 def examine(modules: list[bytes], _: list[Arrays], options: dict[str, Any]) -> tuple[list[Arrays], dict[str, Any]]:
@@ -76,12 +78,13 @@ def _examined(code: bytes, estimate: bool) -> dict[str, Any]:
         inputs, outputs = (list(map(_type, types)) for types in (main.type.inputs, main.type.results))
         aliases = _aliases(main, inputs, outputs)
         found = estimate_module(module) if estimate else None
+        inside = sorted(map(_element, element_types(module)))
     except Refused as e:
         return {"refused": str(e)}
     except Exception as e:  # whatever MLIR and its bindings raise of a file that is not as others are
         return {"refused": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
     estimated = None if found is None else dataclasses.astuple(found)
-    return {"arguments": inputs, "results": outputs, "aliases": aliases, "estimate": estimated}
+    return {"arguments": inputs, "results": outputs, "aliases": aliases, "estimate": estimated, "inside": inside}
 
 
 def _type(kind: Any) -> str:
@@ -91,6 +94,14 @@ def _type(kind: Any) -> str:
         return f"{numpy_dtype(kind.element_type).name} {list(kind.shape)}"
     except TypeError:
         return str(kind)
+
+
+def _element(name: str) -> str:
+    """NumPy's name of MLIR's element type; that itself of one that NumPy has not."""
+    try:
+        return numpy_dtype(name).name
+    except TypeError:
+        return name
 
 
 def _refuse_recursion(module: ir.Module) -> None:

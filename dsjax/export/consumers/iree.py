@@ -15,6 +15,7 @@ from dsjax.export.consumers.base import Arrays, Misread, Ran, Refused, main_func
 from dsjax.export.consumers.exchange import dtype_of
 from dsjax.export.consumers.lockstep import HOW, as_one, run_as_one
 from dsjax.export.consumers.worker import isolated
+from dsjax.export.stablehlo.artifact import element_types
 
 FLAGS = (
     "--iree-hal-target-device=local",
@@ -84,7 +85,7 @@ def _compiled(module: bytes) -> tuple[bytes, str]:
 
     parsed = parse(module, new_context())
     main = main_function(parsed)
-    if any("f4E2M1FN" in str(t) for t in main.type.inputs):
+    if "f4E2M1FN" in element_types(parsed):
         raise Refused("it has no f4E2M1FN; --target typed-fp8 or portable have none")
     name = str(main.attributes["sym_name"].value)
     try:
