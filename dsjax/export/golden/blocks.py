@@ -79,10 +79,12 @@ class Recorder:
 
         alone.__name__ = alone.__qualname__ = PREFIX + operator
         lowered = jax.jit(alone, keep_unused=True).trace(*given).lower(lowering_platforms=(PLATFORM,))
-        module = artifact.strip(artifact.as_read(lowered.compiler_ir("stablehlo")))
-        gave = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lowered.out_info]
-        call = Call(operator, function, module, given, gave, self.shape)
-        return self.calls.setdefault((operator, artifact.text(module)), call).keep
+        module = artifact.strip(lowered.compiler_ir("stablehlo"))
+        key = operator, artifact.text(module)
+        if key not in self.calls:
+            gave = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in lowered.out_info]
+            self.calls[key] = Call(operator, function, artifact.as_read(module), given, gave, self.shape)
+        return self.calls[key].keep
 
     def run(self, program: Program, params: Tree | None) -> None:
         """Traces a program of one device, and runs it on what goldens are made of if there are parameters.

@@ -119,14 +119,12 @@ def make(program: Program, params: Tree) -> Golden:
     single = exporter.program(program.shape)
     with exporter.chosen():
         results = jax.jit(single.function, compiler_options=options())(*weights, *inputs)
-    for value, array in zip(program.results, results, strict=True):
-        if value.kind == "output" and not bool(jnp.isfinite(array).all()):
+    outputs = {v.name: np.asarray(a) for v, a in zip(program.results, results, strict=True)}
+    for value in program.results:
+        if value.kind == "output" and not np.isfinite(outputs[value.name].astype(np.float32)).all():
             raise InputError(f"{program.shape.name}: expected finite {value.name} of the model, found NaN or Inf")
     others = [v for v in program.arguments if v.kind != "param"]
-    return Golden(
-        {v.name: np.asarray(a) for v, a in zip(others, inputs, strict=True)},
-        {v.name: np.asarray(a) for v, a in zip(program.results, results, strict=True)},
-    )
+    return Golden({v.name: np.asarray(a) for v, a in zip(others, inputs, strict=True)}, outputs)
 
 
 def _kind(dtype: np.dtype) -> str:
