@@ -139,12 +139,6 @@ def serialise(module: ir.Module) -> bytes:
         return stablehlo.serialize_portable_artifact(module, stablehlo.get_current_version())
 
 
-def callee(op: Any) -> str | None:
-    """The function that an instruction calls, or a composite stands for."""
-    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(op.operation.name)
-    return None if key is None else str(op.operation.attributes[key].value)
-
-
 def copy_functions(module: ir.Module, program: ir.Module, prefix: str) -> dict[str, Any]:
     """Copies a module's functions into another module, private and under prefixed names; the module keeps those names.
 

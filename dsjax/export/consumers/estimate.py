@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.consumers.base import callee, main_function
-from dsjax.export.stablehlo.loops import Known, Loops, Scope, functions
+from dsjax.export.consumers.base import main_function
+from dsjax.export.stablehlo.loops import Known, Loops, Scope, callee, functions
 
 SECONDS = 1.2e-6
 """Of one multiply-add, or of one element of a result, measured on one core of a small machine."""
@@ -68,7 +68,7 @@ class _Walk:
         if name == "stablehlo.while":
             return self._loop(op, scope)
         called = callee(op)
-        if called is not None:
+        if called:
             return self._call(called, op, scope)
         if name in ("stablehlo.case", "stablehlo.if"):
             return max((self.block(r.blocks[0], scope) for r in op.regions), default=0.0)

@@ -9,11 +9,11 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from dsjax.export.consumers.base import Arrays, Refused, callee, main_function, new_context, parse
+from dsjax.export.consumers.base import Arrays, Refused, main_function, new_context, parse
 from dsjax.export.consumers.estimate import Estimate, estimate_module
 from dsjax.export.consumers.worker import isolated
 from dsjax.export.stablehlo.artifact import element_types, walk
-from dsjax.export.stablehlo.loops import functions
+from dsjax.export.stablehlo.loops import callee, functions
 from dsjax.export.stablehlo.operations import numpy_dtype
 
 _TASK = "dsjax.export.consumers.examine:examine"

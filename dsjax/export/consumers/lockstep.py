@@ -16,7 +16,6 @@ from jaxlib.mlir.dialects import func, stablehlo
 from dsjax.export.consumers.base import (
     Arrays,
     Refused,
-    callee,
     copy_functions,
     main_function,
     new_context,
@@ -25,6 +24,7 @@ from dsjax.export.consumers.base import (
 )
 from dsjax.export.consumers.collectives import COLLECTIVES, check_alike, defined, is_collective
 from dsjax.export.consumers.worker import isolated
+from dsjax.export.stablehlo.loops import callee
 
 HOW = "with collectives written out"
 
@@ -135,7 +135,7 @@ class _Calls:
     def _op_meets(self, op: Any) -> bool:
         inner = (o for region in op.regions for block in region.blocks for o in block.operations)
         name = callee(op)
-        return is_collective(op) or any(map(self._op_meets, inner)) or (name is not None and self.meets(name))
+        return is_collective(op) or any(map(self._op_meets, inner)) or bool(name and self.meets(name))
 
     def inline(self, block: Any) -> None:
         """Replaces calls of functions with collectives, and composites of them, by what they do."""
@@ -144,7 +144,7 @@ class _Calls:
                 for inner in region.blocks:
                     self.inline(inner)
             name = callee(op)
-            if name is not None and self.meets(name):
+            if name and self.meets(name):
                 self._replace(op.operation, name)
 
     def _replace(self, call: Any, name: str) -> None:

@@ -102,15 +102,13 @@ class _Walker:
             note("type", element)
         if operation.name.removeprefix("stablehlo.") in COLLECTIVES:
             note("collective", collective(operation))
-        if operation.name == "func.call":
-            target = callee(operation)
+        if target := callee(operation):
+            named = operator_name(target)
+            if operation.name == "stablehlo.composite":
+                name = operation.attributes["name"].value
+                named = operator_name(name) or name
             known = tuple(self.loops.value(o, scope) for o in operation.operands)
-            self._call(target, operator_name(target), known, (times, dynamic), place, tally)
-        elif operation.name == "stablehlo.composite":
-            name = operation.attributes["name"].value
-            target = operation.attributes["decomposition"].value
-            known = tuple(self.loops.value(o, scope) for o in operation.operands)
-            self._call(target, operator_name(name) or name, known, (times, dynamic), place, tally)
+            self._call(target, named, known, (times, dynamic), place, tally)
         elif operation.name == "stablehlo.while":
             self._while(operation, symbol, scope, times, dynamic, tally, note)
         elif operation.name in _CONTROL or not operation.name.startswith("stablehlo."):
@@ -173,10 +171,8 @@ def _text(functions: dict[str, Any], module: ir.Module) -> tuple[dict[str, Count
             written["feature"].update(features(operation))
             if name.removeprefix("stablehlo.") in COLLECTIVES:
                 written["collective"][collective(operation)] += 1
-            if name == "func.call":
-                written["site"][callee(operation)] += 1
-            if name == "stablehlo.composite":
-                written["site"][operation.attributes["decomposition"].value] += 1
+            if target := callee(operation):
+                written["site"][target] += 1
             if name == "stablehlo.constant" and not operation.attributes["value"].is_splat:
                 size = tensor_bytes(types[0])
                 if size > largest["bytes"]:

@@ -55,9 +55,10 @@ def functions(module: ir.Module) -> dict[str, Any]:
     return {op.attributes["sym_name"].value: op for op in operations if op.operation.name == "func.func"}
 
 
-def callee(call: Any) -> str:
-    """The symbol that a call names."""
-    return call.attributes["callee"].value
+def callee(operation: Any) -> str:
+    """The function that an operation calls, or that a composite stands for; "" of others."""
+    key = {"func.call": "callee", "stablehlo.composite": "decomposition"}.get(operation.operation.name)
+    return operation.attributes[key].value if key else ""
 
 
 class Loops:

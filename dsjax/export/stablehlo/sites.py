@@ -84,7 +84,7 @@ class _Walker:
         return ()
 
     def _call(self, operation: Any, given: Origins) -> Origins:
-        name = callee(operation) if operation.name == "func.call" else operation.attributes["decomposition"].value
+        name = callee(operation)
         operator = operator_name(name)
         if operator is None:
             return self.function(name, given)
